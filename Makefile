@@ -1,0 +1,36 @@
+# Every target that runs something makes its environment first, when there is none, when requirements.lock changed, or
+# when the environment last served another clone. Yours to set, for example:
+#     make test PYTHON=python3.12 VENV=/somewhere/else ARGS="tests/test_sampling.py -k greedy"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: help env demo test lint soak embedded clean
+
+help:
+	@echo "make env       the environment in $(VENV): the package (editable) and all that the rest needs"
+	@echo "make demo      the main job on the embedded digits; writes runs/demo/report.html and runs/demo/metrics.json"
+	@echo "make test      the test suite; ARGS=... goes to pytest"
+	@echo "make lint      ruff and pyright"
+	@echo "make soak      the long reliability run: kills and resumes, several processes"
+	@echo "make embedded  makes the embedded pair again from its recipes"
+	@echo "make clean     removes caches and build output; keeps $(VENV) and runs/"
+
+env:
+	@bash .ci/environment "$(PYTHON)" "$(VENV)"
+
+demo: env
+	$(BIN)/varpi demo $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath "$(BIN)/python"
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

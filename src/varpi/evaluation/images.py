@@ -1,0 +1,145 @@
+"""Images as evaluators want them: uint8, in PNG files, in one grid, or in an ADM-style `.npz`.
+
+Shapes: B images of H x W pixels. Tensors are float (B,3,H,W) in [-1,1], arrays are uint8 (B,H,W,3).
+"""
+
+import contextlib
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from varpi.errors import VarpiError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Quantize images (B,3,H,W), nominally in [-1,1], to uint8 (B,H,W,3): clamp(127.5 x + 128, 0, 255), truncated.
+
+    That is the formula of the LlamaGen and VA-π samplers. Raises VarpiError for another shape or non-finite pixels.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise VarpiError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+    bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+    if bad:
+        raise VarpiError(f"{bad} of {len(images)} images hold NaN or infinity; the model that made them diverged")
+    pixels = torch.clamp(127.5 * images.detach().float() + 128.0, 0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def from_uint8(images: np.ndarray) -> torch.Tensor:
+    """The way back from `to_uint8`: uint8 (B,H,W,3) to float32 (B,3,H,W) in [-1,1]; quantizing again changes nothing.
+
+    Raises VarpiError for another shape or dtype.
+    """
+    _check(images, "images")
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def resize_384_to_256(images: torch.Tensor) -> torch.Tensor:
+    """Bring images (B,3,384,384) to float32 (B,3,256,256) as the paper does before its ImageNet evaluation.
+
+    Bicubic on the decoder's float output, without antialiasing; quantize afterwards.
+    """
+    if images.ndim != 4 or images.shape[1:] != (3, 384, 384):
+        raise VarpiError(f"expected images of shape (B, 3, 384, 384), got {tuple(images.shape)}")
+    return functional.interpolate(images.float(), size=(256, 256), mode="bicubic", align_corners=False)
+
+
+def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Write one uint8 image (H,W,3) as PNG; its directory is made when missing."""
+    _check(image[None], "image")
+    _write(Path(path), lambda file: Image.fromarray(image).save(file, format="png"))
+
+
+def save_grid(path: str | os.PathLike[str], images: np.ndarray, *, columns: int | None = None) -> None:
+    """Write uint8 images (B,H,W,3) as one PNG, row by row; `columns` defaults to the nearest square."""
+    _check(images, "images")
+    save_png(path, make_grid(images, columns or math.ceil(math.sqrt(len(images)))))
+
+
+def make_grid(images: np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:
+    """Lay uint8 images (B,H,W,3) out row by row, white `gap` pixels between them: uint8 (H',W',3)."""
+    if columns < 1:
+        raise VarpiError(f"columns is {columns}; it must be >= 1")
+    count, height, width, _ = images.shape
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
+    """Write uint8 images (B,H,W,3) as the array `arr_0` of an `.npz` file, which the ADM evaluator reads."""
+    _check(images, "images")
+    _write(Path(path), lambda file: np.savez(file, arr_0=images))
+
+
+def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
+    """The uint8 images (B,H,W,3) of an ADM-style `.npz`. Raises VarpiError for an unreadable file or other content."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = list(file) if isinstance(file, np.lib.npyio.NpzFile) else []
+            if "arr_0" not in names:
+                raise VarpiError(f"{path}: holds no array named arr_0 (found: {', '.join(names) or 'none'})")
+            images = file["arr_0"]
+    except VarpiError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise VarpiError(f"{path}: cannot be read as .npz ({error})") from error
+    _check(images, f"{path}: arr_0")
+    return images
+
+
+def read_folder(path: str | os.PathLike[str]) -> np.ndarray:
+    """All images under a directory, ordered by path, as uint8 (B,H,W,3).
+
+    Raises VarpiError for no images, an unreadable one, or images of different sizes.
+    """
+    files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise VarpiError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
+    images: np.ndarray | None = None
+    for i, file in enumerate(files):
+        try:
+            with Image.open(file) as opened:
+                pixels = np.asarray(opened.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise VarpiError(f"{file}: cannot be read as an image ({error})") from error
+        if images is None:
+            images = np.empty((len(files), *pixels.shape), dtype=np.uint8)
+        if pixels.shape != images.shape[1:]:
+            size, expected = f"{pixels.shape[1]}x{pixels.shape[0]}", f"{images.shape[2]}x{images.shape[1]}"
+            raise VarpiError(f"{file}: is {size} where {files[0].name} is {expected}; an evaluation needs one size")
+        images[i] = pixels
+    assert images is not None
+    return images
+
+
+def _check(images: np.ndarray, name: str) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or images.size == 0:
+        raise VarpiError(f"{name}: expected uint8 of shape (B, H, W, 3), got {images.dtype} {images.shape}")
+
+
+def _write(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Write aside and rename, so that a full disk never leaves half a file under the final name."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            save(file)
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise VarpiError(f"{path}: cannot be written ({error.strerror or error})") from error

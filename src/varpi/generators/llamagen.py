@@ -1,0 +1,374 @@
+"""LlamaGen's GPT (arXiv 2406.06525), class- or text-conditional, exact enough to load the released weights.
+
+Shapes: B images, N tokens per image (grid x grid, row-major), L condition tokens, S = L + N - 1 positions, D width,
+H heads, E = D / H, V vocabulary.
+
+Two traits of the released code are part of what the weights were trained with and are kept:
+the rotary table is zero, not identity, at the condition positions, so their queries and keys vanish (their values do
+not); and the last grid position is never an input.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from varpi.errors import VarpiError
+
+SIZES: dict[str, tuple[int, int, int]] = {  # layers, width, heads (LlamaGen, Table 1 and model file)
+    "b": (12, 768, 12),
+    "l": (24, 1024, 16),
+    "xl": (36, 1280, 20),
+    "xxl": (48, 1536, 24),
+    "xxxl": (48, 2560, 40),
+    "1b": (22, 2048, 32),
+    "3b": (24, 3200, 32),
+    "7b": (32, 4096, 32),
+}
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """The shape of a LlamaGen GPT. `grid` is tokens per side: image size / tokenizer down-sampling."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    vocab_size: int = 16384
+    grid: int = 16
+    conditioning: Literal["class", "text"] = "class"
+    num_classes: int = 1000
+    condition_tokens: int | None = None
+    """1 for a class, 120 for a caption, unless given."""
+    caption_dim: int = 2048
+    """Width of the caption features (flan-t5-xl: 2048); text only."""
+    ffn_dim: int | None = None
+    """SwiGLU hidden width; by default 8/3 of `dim`, rounded up to a multiple of 256."""
+    dropout: float = 0.1
+    """After the embeddings, the attention output and the feed-forward output, in train mode."""
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.conditioning not in ("class", "text"):
+            raise VarpiError(f"LlamaGenConfig: conditioning is {self.conditioning!r}; it must be 'class' or 'text'")
+        if self.condition_tokens is None:
+            object.__setattr__(self, "condition_tokens", 1 if self.conditioning == "class" else 120)
+        if self.ffn_dim is None:
+            object.__setattr__(self, "ffn_dim", -(-int(8 * self.dim / 3) // 256) * 256)
+        for name in ("dim", "n_layer", "n_head", "vocab_size", "grid", "num_classes", "condition_tokens", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise VarpiError(f"LlamaGenConfig: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.n_head or (self.dim // self.n_head) % 4:
+            raise VarpiError(
+                f"LlamaGenConfig: dim {self.dim} over {self.n_head} heads must give a head width divisible by 4"
+            )
+        if not 0 <= self.dropout < 1:
+            raise VarpiError(f"LlamaGenConfig: dropout is {self.dropout}; it must be in [0, 1)")
+
+    @classmethod
+    def named(cls, size: str, **overrides: Any) -> "LlamaGenConfig":
+        """The configuration of a released size: one of `SIZES`, with any other field given by name."""
+        if size.lower() not in SIZES:
+            raise VarpiError(f"no LlamaGen size {size!r}; the sizes are {', '.join(SIZES)}")
+        n_layer, dim, n_head = SIZES[size.lower()]
+        return cls(dim=dim, n_layer=n_layer, n_head=n_head, **overrides)
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """Caption features for text-conditional LlamaGen.
+
+    features: float (B,L,C), left-padded, so that a caption's valid positions are the last ones.
+    mask: bool (B,L), true where valid.
+    """
+
+    features: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: Any) -> "TextCondition":
+        return TextCondition(self.features[index], self.mask[index])
+
+    def to(self, device: torch.device | str) -> "TextCondition":
+        return TextCondition(self.features.to(device), self.mask.to(device))
+
+    def concat(self, other: "TextCondition") -> "TextCondition":
+        return TextCondition(torch.cat([self.features, other.features]), torch.cat([self.mask, other.mask]))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return x32.type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class LayerCache:
+    """Keys and values (B,H,L+N,E) of one layer, written in place as positions are consumed."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+
+@dataclass
+class Cache:
+    layers: list[LayerCache]
+    mask: Tensor | None = None
+    """Bool (B,1,1,L+N), true where a key may be seen; set by `prefill` for text, None for classes."""
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """x (B,S,D), rotary (S,E/2,2); positions start.. of the cache, when there is one, are written and seen."""
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.n_head, dim // self.n_head).unbind(2)
+        q, k, v = rotate(q, rotary).transpose(1, 2), rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            end = start + length
+            cache.keys[:, :, start:end] = k
+            cache.values[:, :, start:end] = v
+            k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
+        causal = mask is None and length > 1
+        x = F.scaled_dot_product_attention(q, k.type_as(q), v.type_as(q), attn_mask=mask, is_causal=causal)
+        return self.out(x.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        assert config.ffn_dim is not None
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config.dim, config.n_head)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, cache, start))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class CaptionEmbedding(nn.Module):
+    """Caption features (B,L,C) to condition tokens (B,L,D). `null` (L,C) stands for "no caption" and is a constant."""
+
+    null: Tensor
+
+    def __init__(self, tokens: int, caption_dim: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.register_buffer("null", torch.randn(tokens, caption_dim) / caption_dim**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+
+
+class LlamaGen(nn.Module):
+    """The generator. `logits` means the same in train and eval mode, dropout aside; it never drops the condition."""
+
+    rotary: Tensor
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        assert config.condition_tokens is not None
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.grid = config.grid
+        self.num_tokens = config.grid**2
+        self.condition_tokens = config.condition_tokens
+        self.gradient_checkpointing = False
+        if config.conditioning == "class":  # the last row is the null class, whatever the drop rate
+            self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        else:
+            self.caption_embedding = CaptionEmbedding(config.condition_tokens, config.caption_dim, config.dim)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_rotary()
+        self.apply(_init_weights)
+        nn.init.zeros_(self.output.weight)
+
+    def reset_rotary(self) -> None:
+        """(Re)build the rotary table, which no checkpoint holds; needed after construction on the meta device."""
+        table = rotary_table(self.config)
+        self.register_buffer("rotary", table.to(self.token_embedding.weight.device), persistent=False)
+
+    # -- teacher forcing
+
+    def forward(self, tokens: Tensor, condition: Any) -> Tensor:
+        return self.logits(tokens, condition)
+
+    def logits(self, tokens: Tensor, condition: Any) -> Tensor:
+        """Float32 logits (B,N,V) for tokens int64 (B,N); position i predicts tokens[:, i] from tokens[:, :i].
+
+        condition: int64 (B,) class ids, `num_classes` being the null class, or a `TextCondition`.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
+            raise VarpiError(
+                f"LlamaGen.logits: tokens have shape {tuple(tokens.shape)}; this generator's {self.grid}x{self.grid} "
+                f"grid needs (B, {self.num_tokens})"
+            )
+        prefix = self._embed_condition(condition)
+        x = self.dropout(torch.cat([prefix, self.token_embedding(tokens[:, :-1]).type_as(prefix)], dim=1))
+        mask = self._text_mask(condition, x.shape[1]) if isinstance(condition, TextCondition) else None
+        rotary = self.rotary[: x.shape[1]]
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask)
+        return self.output(self.norm(x[:, self.condition_tokens - 1 :])).float()
+
+    # -- conditions
+
+    def prepare_condition(self, condition: Any) -> Any:
+        """Validate class ids (anything `torch.as_tensor` takes) or a `TextCondition`; move it to this device."""
+        device = self.token_embedding.weight.device
+        if self.config.conditioning == "text":
+            if not isinstance(condition, TextCondition):
+                raise VarpiError(f"this generator needs a TextCondition, not {type(condition).__name__}")
+            expected = (self.condition_tokens, self.config.caption_dim)
+            if condition.features.ndim != 3 or tuple(condition.features.shape[1:]) != expected:
+                raise VarpiError(
+                    f"caption features have shape {tuple(condition.features.shape)}; this generator needs (B, "
+                    f"{expected[0]}, {expected[1]})"
+                )
+            if condition.mask.shape != condition.features.shape[:2]:
+                raise VarpiError(
+                    f"caption mask has shape {tuple(condition.mask.shape)}; features need "
+                    f"{tuple(condition.features.shape[:2])}"
+                )
+            return condition.to(device)
+        try:
+            ids = torch.as_tensor(condition)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise VarpiError(f"class ids must be whole numbers, not {condition!r:.80}") from error
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != 1 or len(ids) == 0:
+            raise VarpiError(f"class ids must be a non-empty 1-D integer tensor, not {ids.dtype} {tuple(ids.shape)}")
+        wrong = ids[(ids < 0) | (ids > self.config.num_classes)]
+        if len(wrong):
+            raise VarpiError(
+                f"class id {int(wrong[0])} is out of range: this generator knows 0 to {self.config.num_classes - 1} "
+                f"({self.config.num_classes} is the null class)"
+            )
+        return ids.long().to(device)
+
+    def drop_condition(self, condition: Any, drop: Tensor) -> Any:
+        """The null class, or the null caption (its mask unchanged), wherever `drop` bool (B,) is true."""
+        if isinstance(condition, TextCondition):
+            null = self.caption_embedding.null.to(condition.features)
+            return TextCondition(torch.where(drop[:, None, None], null, condition.features), condition.mask)
+        return condition.masked_fill(drop, self.config.num_classes)
+
+    def _embed_condition(self, condition: Any) -> Tensor:
+        if isinstance(condition, TextCondition):
+            return self.caption_embedding(condition.features.to(self.caption_embedding.fc1.weight.dtype))
+        return self.class_embedding(condition)[:, None]
+
+    def _text_mask(self, condition: TextCondition, length: int) -> Tensor:
+        """Bool (B,1,S,S): causal, padded condition columns hidden, every position sees itself."""
+        device = condition.mask.device
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril().repeat(len(condition), 1, 1)
+        mask[:, :, : self.condition_tokens] &= condition.mask.bool()[:, None, :]
+        mask |= torch.eye(length, dtype=torch.bool, device=device)
+        return mask[:, None]
+
+    # -- cached generation
+
+    def new_cache(self, batch_size: int) -> Cache:
+        """A static cache of L + N positions in the module's dtype, on its device."""
+        weight = self.output.weight
+        shape = (
+            batch_size,
+            self.config.n_head,
+            self.condition_tokens + self.num_tokens,
+            self.config.dim // self.config.n_head,
+        )
+        return Cache([LayerCache(shape, weight.device, weight.dtype) for _ in self.blocks])
+
+    def prefill(self, condition: Any, cache: Cache) -> Tensor:
+        """Float32 logits (B,V) of image token 0; the cache then holds the L condition positions."""
+        x = self._embed_condition(condition)
+        mask = None
+        if isinstance(condition, TextCondition):
+            mask = self._text_mask(condition, self.condition_tokens)
+            visible = torch.ones(len(condition), self.num_tokens, dtype=torch.bool, device=x.device)
+            cache.mask = torch.cat([condition.mask.bool(), visible], dim=1)[:, None, None]
+        return self._cached(x, 0, mask, cache)
+
+    def decode_step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
+        """Consume image token number `position`, int64 (B,); float32 logits (B,V) of number `position` + 1."""
+        start = self.condition_tokens + position
+        mask = None if cache.mask is None else cache.mask[..., : start + 1]
+        return self._cached(self.token_embedding(tokens)[:, None], start, mask, cache)
+
+    def _cached(self, x: Tensor, start: int, mask: Tensor | None, cache: Cache) -> Tensor:
+        x = self.dropout(x)
+        rotary = self.rotary[start : start + x.shape[1]]
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, rotary, mask, layer, start)
+        return self.output(self.norm(x[:, -1])).float()
+
+
+def rotary_table(config: LlamaGenConfig) -> Tensor:
+    """Float32 (L + N, E/2, 2) of (cos, sin): the first E/4 pairs turn with the row, the others with the column.
+
+    The L condition rows are zero.
+    """
+    assert config.condition_tokens is not None
+    pairs_per_axis = config.dim // config.n_head // 4
+    frequency = config.rope_base ** (-torch.arange(pairs_per_axis, device="cpu").float() / pairs_per_axis)
+    angle = torch.arange(config.grid, device="cpu").float()[:, None] * frequency  # (grid, E/4)
+    rows = angle[:, None].expand(config.grid, config.grid, pairs_per_axis)
+    columns = angle[None].expand(config.grid, config.grid, pairs_per_axis)
+    angles = torch.cat([rows, columns], dim=-1).reshape(config.grid**2, 2 * pairs_per_axis)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([table.new_zeros(config.condition_tokens, *table.shape[1:]), table])
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x (B,S,H,E) by rotary (S,E/2,2), in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = rotary[:, None, :, 0], rotary[:, None, :, 1]
+    even, odd = pairs.unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,278 @@
+"""LlamaGen's VQ tokenizer (arXiv 2406.06525), VQ-16 and VQ-8, also Janus' image tokenizer.
+
+Shapes: B images, (h,w) = (H,W) / downsample, N = h w tokens, K codes of width C.
+
+Module names are those of the released checkpoints. Latents and codes are compared, and codes are decoded, as unit
+vectors.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varpi.errors import VarpiError
+
+MULTIPLIERS: dict[int, tuple[int, ...]] = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4), 4: (1, 2, 4)}
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """The shape of a VQ tokenizer; the defaults are VQ-16's."""
+
+    downsample: int = 16
+    channels: int = 128
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    channel_multipliers: tuple[int, ...] | None = None
+    """Width of each resolution level, in units of `channels`; by default that of the released VQ-16 and VQ-8."""
+    latent_channels: int = 256
+    norm_groups: int = 32
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+
+    def __post_init__(self) -> None:
+        if self.channel_multipliers is None:
+            if self.downsample not in MULTIPLIERS:
+                raise VarpiError(
+                    f"VQConfig: no default channel_multipliers for downsample {self.downsample}; give them"
+                )
+            object.__setattr__(self, "channel_multipliers", MULTIPLIERS[self.downsample])
+        object.__setattr__(self, "channel_multipliers", tuple(self.multipliers))
+        if 2 ** (len(self.multipliers) - 1) != self.downsample:
+            raise VarpiError(
+                f"VQConfig: {len(self.multipliers)} channel_multipliers down-sample by "
+                f"{2 ** (len(self.multipliers) - 1)}, not by {self.downsample}"
+            )
+        for width in (self.channels * m for m in self.multipliers):
+            if width < 1 or width % self.norm_groups:
+                raise VarpiError(f"VQConfig: {width} channels do not divide into {self.norm_groups} norm groups")
+
+    @property
+    def multipliers(self) -> tuple[int, ...]:
+        assert self.channel_multipliers is not None
+        return self.channel_multipliers
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, cin: int, cout: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention at the lowest one, then a change of resolution."""
+
+    def __init__(self, cin: int, cout: int, blocks: int, attention: bool, groups: int, resample: str | None) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(cout, groups) for _ in range(blocks if attention else 0))
+        if resample == "down":
+            self.downsample = Downsample(cout)
+        elif resample == "up":
+            self.upsample = Upsample(cout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        elif hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+def _mid(channels: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [
+            ResnetBlock(channels, channels, groups),
+            AttnBlock(channels, groups),
+            ResnetBlock(channels, channels, groups),
+        ]
+    )
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)] if i else config.channels,
+                width,
+                config.encoder_blocks,
+                i == last,
+                config.norm_groups,
+                "down" if i < last else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = _mid(widths[-1], config.norm_groups)
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for layer in (*self.conv_blocks, *self.mid):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]  # from the lowest resolution upwards
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = _mid(widths[0], config.norm_groups)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                config.decoder_blocks,
+                i == 0,
+                config.norm_groups,
+                "up" if i < last else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for layer in (*self.mid, *self.conv_blocks):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    """K codes of width C, used as unit vectors."""
+
+    codebook_used: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
+        # A usage statistic of the original training code, kept so that an exported file has every original key.
+        self.register_buffer("codebook_used", torch.zeros(65536))
+
+    def unit_codes(self) -> Tensor:
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """The code of greatest cosine similarity: latents (...,C) to int64 (...), in bounded memory."""
+        codes = self.unit_codes()
+        flat = F.normalize(latents.float(), dim=-1).flatten(0, -2)
+        tokens = [(rows @ codes.T).argmax(-1) for rows in flat.split(max(1, 2**26 // len(codes)))]
+        return torch.cat(tokens).view(latents.shape[:-1])
+
+
+class VQ(nn.Module):
+    """The tokenizer."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.codebook_size = config.codebook_size
+        self.downsample = config.downsample
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.codebook_dim)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B,3,H,W) in [-1,1] to latents (B,C,h,w), before quantization."""
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[2] % self.downsample
+            or images.shape[3] % self.downsample
+        ):
+            raise VarpiError(
+                f"VQ.encode: images have shape {tuple(images.shape)}; they must be (B, 3, H, W) with sides divisible "
+                f"by {self.downsample}"
+            )
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B,3,H,W) in [-1,1] to int64 tokens (B,N), row-major."""
+        return self.quantize.nearest(self.latents(images).permute(0, 2, 3, 1)).flatten(1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B,N) of a square grid to float32 images (B,3,H,W), nominally in [-1,1], not clamped."""
+        side = math.isqrt(tokens.shape[-1])
+        if tokens.ndim != 2 or side * side != tokens.shape[1]:
+            raise VarpiError(f"VQ.decode: tokens have shape {tuple(tokens.shape)}; they must be (B, N) with N a square")
+        codes = F.embedding(tokens, self.quantize.unit_codes()).to(self.post_quant_conv.weight.dtype)
+        return self.decode_codes(codes.view(len(tokens), side, side, -1).permute(0, 3, 1, 2))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Unit codes (B,C,h,w) to float32 images (B,3,H,W), with gradient."""
+        return self.decoder(self.post_quant_conv(codes)).float()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: (reconstruction (B,3,H,W), unit latents (B,C,h,w), their unit codes (B,C,h,w)).
+
+        The reconstruction passes its gradient straight through the quantization to the latents (VQ-VAE,
+        arXiv 1711.00937).
+        """
+        latents = F.normalize(self.latents(images).float(), dim=1)
+        tokens = self.quantize.nearest(latents.detach().permute(0, 2, 3, 1))
+        codes = F.embedding(tokens, self.quantize.unit_codes()).permute(0, 3, 1, 2)
+        return self.decode_codes(latents + (codes - latents).detach()), latents, codes
