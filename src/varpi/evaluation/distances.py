@@ -106,5 +106,7 @@ def _checked(features: Features, name: str, at_least: int) -> np.ndarray:
     array = array.astype(np.float64)
     bad = int((~np.isfinite(array)).any(axis=1).sum())
     if bad:
-        raise VarpiError(f"{name}: {bad} of {len(array)} vectors hold NaN or infinity; the model that made them diverged")
+        raise VarpiError(
+            f"{name}: {bad} of {len(array)} vectors hold NaN or infinity; the model that made them diverged"
+        )
     return array

@@ -24,7 +24,9 @@ def measure(
     the class asked for. Raises VarpiError when the numbers of samples and classes differ, and as `embed` and the distances do.
     """
     if classes.shape != (len(samples),):
-        raise VarpiError(f"{len(samples)} samples need as many classes, shape ({len(samples)},); got {tuple(classes.shape)}")
+        raise VarpiError(
+            f"{len(samples)} samples need as many classes, shape ({len(samples)},); got {tuple(classes.shape)}"
+        )
     features, seen = embed(judge, samples)
     precision, recall = precision_recall(reference_features, features)
     return {
@@ -41,10 +43,12 @@ def summarize(measurements: Sequence[Mapping[str, float]]) -> dict[str, list[flo
     Raises VarpiError for fewer than two measurements, which have no spread, or ones of different metrics.
     """
     if len(measurements) < 2:
-        raise VarpiError(f"{len(measurements)} measurement has no spread to report; evaluate at least 2 sampling seeds")
+        raise VarpiError(f"a spread needs at least 2 sampling seeds, got {len(measurements)}; add evaluation seeds")
     names = list(measurements[0])
     if any(set(measurement) != set(names) for measurement in measurements):
         found = sorted({name for measurement in measurements for name in measurement})
-        raise VarpiError(f"the measurements hold different metrics (in all: {', '.join(found)}); measure each seed alike")
+        raise VarpiError(
+            f"the measurements hold different metrics (in all: {', '.join(found)}); measure each seed alike"
+        )
     columns = {name: [measurement[name] for measurement in measurements] for name in names}
     return {name: [statistics.fmean(values), statistics.stdev(values)] for name, values in columns.items()}

@@ -1,0 +1,62 @@
+"""What a method is: a batch of images in, a loss out. One file each, readable beside its paper."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from varpi.data import Batch, Dataset
+from varpi.recipe import Recipe
+from varpi.stages import Stages
+
+__all__ = ["Method", "Outcome", "build_method"]
+
+
+@dataclass
+class Outcome:
+    """What a method makes of a micro-batch."""
+
+    loss: Tensor
+    """Scalar, the mean over the micro-batch's images."""
+    metrics: dict[str, Tensor]
+    """Scalars to log, means over the micro-batch's images; names ending in _max are maxima."""
+    rollout: Any = None
+    """Handed back with the same micro-batch when more than one update is made from it."""
+
+
+class Method(Protocol):
+    """What the training loop asks of a method."""
+
+    model: nn.Module
+    """The module whose parameters are trained."""
+    frozen: tuple[nn.Module, ...]
+    """Frozen models as large as the trained one, to be sharded with it."""
+    stages: Stages
+
+    def loss(self, batch: Batch, step: int, rollout: Any = None) -> Outcome:
+        """The differentiable loss of a micro-batch. `step` keys its random draws together with batch.positions."""
+        ...
+
+    def validation_loss(self, batch: Batch) -> Tensor:
+        """The scalar that held-out data is judged by, a mean over the batch's images."""
+        ...
+
+    def save(self, path: Any, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
+        """Write the trained model, whose full weights are `state_dict`, for `load_generator` and its like."""
+        ...
+
+
+def build_method(recipe: Recipe, dataset: Dataset, device: str) -> Method:
+    """Load what the recipe names and put the method together. Everything that can be refused is refused here."""
+    match recipe.method.name:
+        case "va_pi":
+            from .va_pi import from_recipe
+        case "next_token":
+            from .next_token import from_recipe
+        case "vq_tokenizer":
+            from .vq_tokenizer import from_recipe
+        case "classifier":
+            from .classifier import from_recipe
+    torch.manual_seed(recipe.seed)  # for what starts from fresh weights
+    return from_recipe(recipe, dataset, device)

@@ -1,0 +1,50 @@
+"""Trains a small convolutional classifier: the embedded digits' perceptual network, and, separately, their judge."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from varpi.data import Batch, Dataset
+from varpi.errors import VarpiError
+from varpi.methods import Outcome
+from varpi.methods.pair import autocast
+from varpi.objective.features import SmallConvNet
+from varpi.recipe import Classifier as Settings
+from varpi.recipe import Recipe
+from varpi.stages import Stages
+from varpi.weights.classifier import save_classifier
+
+
+class Classifier:
+    def __init__(self, network: SmallConvNet, *, precision: str = "fp32", device: str = "cpu") -> None:
+        self.model: Any = network
+        self.precision = precision
+        self.device = device
+        self.frozen: tuple[Any, ...] = ()
+        self.stages = Stages(device)
+
+    def loss(self, batch: Batch, step: int, rollout: None = None) -> Outcome:
+        self.model.train()
+        with self.stages("classifier"), autocast(self.device, self.precision):
+            logits = self.model(batch.images).float()
+        loss = F.cross_entropy(logits, batch.condition)
+        accuracy = (logits.argmax(1) == batch.condition).float().mean()
+        return Outcome(loss, {"cross_entropy": loss.detach(), "accuracy": accuracy})
+
+    def validation_loss(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        return F.cross_entropy(self.model(batch.images), batch.condition)
+
+    def save(self, path: Path, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
+        save_classifier(self.model, path, state_dict, extra)
+
+
+def from_recipe(recipe: Recipe, dataset: Dataset, device: str) -> Classifier:
+    settings = recipe.method
+    assert isinstance(settings, Settings)
+    if dataset.num_classes is not None and dataset.num_classes > settings.num_classes:
+        raise VarpiError(f"method.num_classes is {settings.num_classes}, but the data has {dataset.num_classes}")
+    network = SmallConvNet(settings.channels, settings.num_classes).to(device)
+    return Classifier(network, precision=recipe.training.precision, device=device)

@@ -1,0 +1,68 @@
+"""A small convolutional classifier whose intermediate maps serve as perceptual features, offline.
+
+One class, two jobs that must never share weights: the reward's features (perceptual.ConvFeatures) and the judge's.
+B images, C channels of a map, D embedding width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from varpi.errors import VarpiError
+
+_NORM_GROUPS = 8
+
+
+class SmallConvNet(nn.Module):
+    """Stages of two 3x3 convolutions, halving the resolution between stages; a linear head on the pooled last map.
+
+    Group normalization rather than batch normalization: an image's features then depend on that image alone,
+    in training and in evaluation.
+
+    Args:
+        channels: width of each stage, every one a multiple of 8; the last is the embedding width D.
+        num_classes: outputs of the head.
+    """
+
+    def __init__(self, channels: Sequence[int] = (16, 32, 64), num_classes: int = 10) -> None:
+        super().__init__()
+        if not channels or any(width < 1 or width % _NORM_GROUPS for width in channels):
+            raise VarpiError(f"SmallConvNet: channels are {tuple(channels)}; each must be a multiple of {_NORM_GROUPS}")
+        self.channels = tuple(channels)
+        self.num_classes = num_classes
+        widths = (3, *self.channels)
+        self.stages = nn.ModuleList(_stage(a, b) for a, b in pairwise(widths))
+        self.downsample = nn.MaxPool2d(2)
+        self.head = nn.Linear(self.channels[-1], num_classes)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps after each stage: images (B,3,H,W) in [-1,1] -> [(B,C_i,H/2^i,W/2^i)], nonnegative."""
+        maps: list[Tensor] = []
+        hidden = images
+        for stage in self.stages:
+            hidden = stage(self.downsample(hidden) if maps else hidden)
+            maps.append(hidden)
+        return maps
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """Spatial mean of the last map: (B,3,H,W) -> (B,D). `head` turns it into class logits."""
+        return self.features(images)[-1].mean(dim=(2, 3))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits: (B,3,H,W) -> (B,num_classes)."""
+        return self.head(self.embedding(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images)
+
+
+def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (channels_in, channels_out):
+        layers += [
+            nn.Conv2d(width, channels_out, 3, padding=1, bias=False),
+            nn.GroupNorm(_NORM_GROUPS, channels_out),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers)

@@ -1,0 +1,95 @@
+"""One process or many: the same recipe under `varpi train` and under `torchrun -m varpi train`.
+
+With more than one process every generator block is sharded by FSDP2 (`fully_shard`), on any device.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from varpi.errors import VarpiError
+from varpi.generators import Generator
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as torchrun describes them."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over the processes, in float64."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def max(self, value: float) -> float:
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+
+def join_world(device: str | None) -> World:
+    """Join the processes that torchrun started, or be the only one. `device` None: CUDA when there is any."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise VarpiError(f"device {device}: this machine has no CUDA device that torch can use; try --device cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return World(dist.get_rank(), size, device)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, world: World, precision: str) -> None:
+    """Shard a model's parameters over the processes, in place; block by block when it is a generator."""
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    if isinstance(model, Generator):
+        for block in model.blocks:
+            fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    for name in ("logits", "encode", "decode"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+
+
+def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients so that their total norm is at most `limit`; the norm before, a scalar."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor when sharded

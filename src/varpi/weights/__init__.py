@@ -1,0 +1,332 @@
+"""Weights in, from LlamaGen's files or ours, strictly; weights out, in either form.
+
+A checkpoint is read whole or refused: every tensor that the model needs must be there, with its shape, finite, and
+nothing may be left over. What refuses says which tensors, and which side expected what.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from varpi.errors import VarpiError
+from varpi.generators import Generator, LlamaGen, LlamaGenConfig
+from varpi.tokenizers import VQ, Tokenizer, VQConfig
+from varpi.weights import names
+from varpi.weights.files import EMBEDDED, Source, embedded, few, read_state_dict, sha256_of, write_aside
+
+__all__ = [
+    "EMBEDDED",
+    "Source",
+    "check_pair",
+    "embedded",
+    "export_original",
+    "load_generator",
+    "load_tokenizer",
+    "read_state_dict",
+    "save_generator",
+    "save_tokenizer",
+    "sha256_of",
+    "to_original",
+    "write_aside",
+]
+
+FORMAT = 1
+"""Version of the description inside our own files."""
+DOWNSAMPLES = (4, 8, 16)
+
+Config = TypeVar("Config", LlamaGenConfig, VQConfig)
+
+
+# -- in
+
+
+def load_generator(
+    source: Source,
+    *,
+    architecture: str | LlamaGenConfig | None = None,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Generator:
+    """A generator with the weights of a checkpoint, in eval mode.
+
+    source: a file (.pt, .pth, .safetensors), a directory, a Hub id "org/name[@revision][:file]", a state dict, or the
+        name of an embedded pair ("digits").
+    architecture: "llamagen-c2i-xxl" and the like (`names.ARCHITECTURES`), or a `LlamaGenConfig`. By default what the
+        file says of itself, or else what its tensors imply.
+    image_size: pixels per side; needed for foreign files, which do not tell the grid. With a 16-fold tokenizer the grid
+        is image_size / 16; for another tokenizer pass a `LlamaGenConfig`.
+
+    Raises:
+        VarpiError: the source cannot be read, its tensors contradict the architecture, or they are not complete.
+    """
+    tensors, stored, where = _open(source, "generator", LlamaGenConfig)
+    native = stored is not None or "token_embedding.weight" in tensors
+    tensors = {name: tensor for name, tensor in tensors.items() if not names.is_table(name)}
+    if "tok_embeddings.weight" not in tensors and not native:
+        hint = "; this is a tokenizer" if "quantize.embedding.weight" in tensors else ""
+        raise VarpiError(f"{where}: no generator that varpi knows; its tensors are {few(tensors)}{hint}")
+    facts = names.generator_facts({names.original_name(name): tensor for name, tensor in tensors.items()})
+    if isinstance(architecture, LlamaGenConfig):
+        config, said = architecture, "the given LlamaGenConfig"
+    elif architecture is not None:
+        config = names.generator_config(architecture, _grid(where, stored, image_size))
+        said = f"architecture {architecture!r}"
+    elif stored is not None:
+        config, said = stored, "the configuration inside the file"
+    else:
+        config = names.infer_generator(where, facts, _grid(where, None, image_size))
+        said = "what its tensors imply"
+    if image_size is not None and image_size not in [factor * config.grid for factor in DOWNSAMPLES]:
+        raise VarpiError(
+            f"{where}: image_size is {image_size}, but the generator's grid is {config.grid}x{config.grid}: it makes "
+            f"images of {' or '.join(str(factor * config.grid) for factor in DOWNSAMPLES)} pixels"
+        )
+    _refuse_contradiction(where, "the tensors say", facts, said, config)
+    if stored is not None:
+        rest = {field: getattr(stored, field) for field in ("n_head", "grid", "rope_base", "norm_eps")}
+        _refuse_contradiction(where, "the configuration inside the file says", rest, said, config)
+    with torch.device("meta"):
+        generator = LlamaGen(config)
+    _fill(generator, tensors, str if native else names.original_name, where, said, device, dtype)
+    generator.reset_rotary()
+    return generator.eval()
+
+
+def load_tokenizer(
+    source: Source,
+    *,
+    architecture: str | VQConfig | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tokenizer:
+    """A tokenizer with the weights of a checkpoint, in eval mode.
+
+    source: as for `load_generator`.
+    architecture: "vq-16", "vq-8" or a `VQConfig`. By default what the file says of itself, or else what its tensors
+        imply.
+
+    Raises:
+        VarpiError: the source cannot be read, its tensors contradict the architecture, or they are not complete.
+    """
+    tensors, stored, where = _open(source, "tokenizer", VQConfig)
+    if "quantize.embedding.weight" not in tensors:
+        hint = "; this is a generator" if {"tok_embeddings.weight", "token_embedding.weight"} & set(tensors) else ""
+        raise VarpiError(f"{where}: no tokenizer that varpi knows; its tensors are {few(tensors)}{hint}")
+    facts = names.tokenizer_facts(tensors)
+    if isinstance(architecture, VQConfig):
+        config, said = architecture, "the given VQConfig"
+    elif architecture is not None:
+        config, said = names.tokenizer_config(architecture), f"architecture {architecture!r}"
+    elif stored is not None:
+        config, said = stored, "the configuration inside the file"
+    else:
+        config = names.infer_tokenizer(where, facts)
+        said = "what its tensors imply"
+    _refuse_contradiction(where, "the tensors say", facts, said, config)
+    if stored is not None:
+        rest = {"norm_groups": stored.norm_groups}
+        _refuse_contradiction(where, "the configuration inside the file says", rest, said, config)
+    with torch.device("meta"):
+        tokenizer = VQ(config)
+    _fill(tokenizer, tensors, str, where, said, device, dtype)
+    return tokenizer.eval()
+
+
+def check_pair(generator: Generator, tokenizer: Tokenizer) -> None:
+    """Refuse a generator and a tokenizer that do not speak of the same codes."""
+    if generator.vocab_size != tokenizer.codebook_size:
+        raise VarpiError(
+            f"generator and tokenizer do not belong together: the generator's vocabulary has {generator.vocab_size} "
+            f"tokens, the tokenizer's codebook {tokenizer.codebook_size}"
+        )
+
+
+def _open(source: Source, kind: str, config_type: type[Config]) -> tuple[dict[str, Tensor], Config | None, str]:
+    """The tensors, the configuration stored with them if there is one, and what to call the source in messages."""
+    if isinstance(source, str) and source in EMBEDDED:
+        source = embedded(source, kind)
+    where = "state dict" if isinstance(source, Mapping) else os.fspath(source)
+    tensors, metadata = read_state_dict(source)
+    if "varpi" not in (metadata or {}):
+        return tensors, None, where
+    try:
+        description = json.loads((metadata or {})["varpi"])
+        version, stored_kind = description["format"], description["kind"]
+        architecture, fields = description["architecture"], dict(description["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VarpiError(f"{where}: its metadata 'varpi' is not a description that varpi wrote") from error
+    if version != FORMAT:
+        raise VarpiError(f"{where}: has format {version}; this varpi reads format {FORMAT}: update varpi")
+    if stored_kind != kind:
+        raise VarpiError(f"{where}: holds a {stored_kind}, not a {kind}")
+    if architecture != _ARCHITECTURE[config_type]:
+        raise VarpiError(f"{where}: holds a {architecture!r} {kind}, which this varpi does not know: update varpi")
+    known = {field.name for field in dataclasses.fields(config_type)}
+    if unknown := sorted(set(fields) - known):
+        raise VarpiError(f"{where}: its configuration has fields that this varpi does not know: {few(unknown)}")
+    try:
+        return tensors, config_type(**fields), where
+    except (VarpiError, TypeError) as error:
+        raise VarpiError(f"{where}: its configuration is not valid: {error}") from error
+
+
+def _grid(where: str, stored: LlamaGenConfig | None, image_size: int | None) -> int:
+    if stored is not None:
+        return stored.grid
+    if image_size is None:
+        raise VarpiError(f"{where}: does not tell for which image size it is; pass image_size (256, 384, 512, …)")
+    if image_size < 16 or image_size % 16:
+        raise VarpiError(f"{where}: image_size is {image_size}; it must be a multiple of 16, the tokenizer's patch")
+    return image_size // 16
+
+
+def _refuse_contradiction(where: str, one: str, facts: Mapping[str, Any], other: str, config: Any) -> None:
+    differing = [field for field, value in facts.items() if value != getattr(config, field)]
+    if differing:
+        left = ", ".join(f"{field} {facts[field]}" for field in differing)
+        right = ", ".join(f"{field} {getattr(config, field)}" for field in differing)
+        raise VarpiError(f"{where}: {one} {left}, but {other} says {right}")
+
+
+def _fill(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    name_in_file: Callable[[str], str],
+    where: str,
+    said: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Give a model on the meta device its weights: all of them, and none left over. Empties `tensors`.
+
+    Each tensor is copied by itself, so that only one copy of a mapped file is ever in memory and nothing the model does
+    reaches the source.
+    """
+    if not dtype.is_floating_point:
+        raise VarpiError(f"dtype is {dtype}; weights need a floating-point one")
+    expected = {name_in_file(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of the wrong shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+            for name, (_, shape) in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(found)} {what}: {few(found)}" for what, found in problems.items() if found)
+        raise VarpiError(f"{where}: does not fit {said}: {listed}")
+    weights: dict[str, Tensor] = {}
+    for theirs, (ours, _) in expected.items():
+        tensor = tensors.pop(theirs).detach()
+        if not tensor.is_floating_point():
+            raise VarpiError(f"{where}: {theirs} is {tensor.dtype}; weights must be floating-point numbers")
+        weights[ours] = tensor.to(device, dtype, copy=True).contiguous()
+        if not weights[ours].isfinite().all():
+            raise VarpiError(f"{where}: {theirs} holds NaN or infinite values (as {dtype})")
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+# -- out
+
+
+def save_generator(
+    generator: Generator,
+    path: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a generator as safetensors with its configuration inside; `extra` is further metadata.
+
+    state_dict: the whole weights, when the generator holds only this process's shards.
+
+    Raises:
+        VarpiError: the file cannot be written, for instance for lack of space; an older one is left as it is.
+    """
+    _save(generator, path, state_dict, extra)
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    path: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a tokenizer, as `save_generator` does."""
+    _save(tokenizer, path, state_dict, extra)
+
+
+def to_original(model: Generator | Tokenizer) -> dict[str, Tensor]:
+    """The weights on the CPU under the names of LlamaGen's released files; not copies where they are there already."""
+    module, _ = _known(model)
+    rename = names.original_name if isinstance(module, LlamaGen) else str
+    return {rename(name): tensor for name, tensor in _tensors(module.state_dict()).items()}
+
+
+def export_original(model: Generator | Tokenizer, path: str | os.PathLike[str]) -> None:
+    """Write a file that LlamaGen's own code loads: safetensors if `path` ends so, otherwise `torch.save`.
+
+    A generator becomes a plain dictionary of tensors (LlamaGen's `--from-fsdp` form), a tokenizer {"model": tensors}.
+
+    Raises:
+        VarpiError: the file cannot be written; an older one is left as it is.
+    """
+    tensors = to_original(model)
+    if os.fspath(path).endswith(".safetensors"):
+        write_aside(path, _size(tensors), lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+    else:
+        content = {"model": tensors} if isinstance(model, VQ) else tensors
+        write_aside(path, _size(tensors), lambda aside: torch.save(content, aside))
+
+
+_ARCHITECTURE = {LlamaGenConfig: "llamagen", VQConfig: "vq"}
+
+
+def _known(model: object) -> tuple[LlamaGen | VQ, str]:
+    """The model as one whose weights have a file format, and its kind."""
+    if isinstance(model, LlamaGen):
+        return model, "generator"
+    if isinstance(model, VQ):
+        return model, "tokenizer"
+    raise VarpiError(f"varpi has no file format for a {type(model).__name__}")
+
+
+def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each dense in a storage of its own, as file formats want them."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    return {
+        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _save(
+    model: object,
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor] | None,
+    extra: Mapping[str, str] | None,
+) -> None:
+    module, kind = _known(model)
+    description = {
+        "format": FORMAT,
+        "kind": kind,
+        "architecture": _ARCHITECTURE[type(module.config)],
+        "config": dataclasses.asdict(module.config),
+    }
+    metadata = {"format": "pt", **(extra or {}), "varpi": json.dumps(description)}
+    tensors = _tensors(module.state_dict() if state_dict is None else state_dict)
+    write_aside(path, _size(tensors), lambda aside: save_file(tensors, aside, metadata=metadata))

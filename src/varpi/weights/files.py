@@ -1,0 +1,271 @@
+"""Checkpoint files: finding them, reading them without trusting them, writing them so that a failure harms nothing."""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.resources
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from varpi.errors import VarpiError
+
+Source = str | os.PathLike[str] | Mapping[str, Any]
+"""A file, a directory, a Hub id ("org/name[@revision][:file]"), or a state dict."""
+
+EMBEDDED = ("digits",)
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+WRAPPERS = ("model", "module", "state_dict")
+PREFIXES = ("module.", "_orig_mod.", "gpt_model.")
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
+
+
+def read_state_dict(source: Source) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors of a checkpoint by name, and the safetensors metadata where there is some.
+
+    Wrappers ("model", "module", "state_dict", tried in this order) are opened and the prefixes that DDP, torch.compile
+    and LlamaGen's trainers put before the names are taken off. Tensors of a file may be memory-mapped: copy what you
+    keep.
+
+    Raises:
+        VarpiError: nothing is there, the file is damaged, or it holds other things than plain tensors.
+    """
+    if isinstance(source, Mapping):
+        return _unwrap(source, "state dict"), None
+    path = find(source)
+    if path.name.endswith(".index.json"):
+        return _unwrap(_read_shards(path), path), None
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        return _unwrap(tensors, path), metadata
+    return _unwrap(_read_pickle(path), path), None
+
+
+def find(source: str | os.PathLike[str]) -> Path:
+    """The one file that `source` means: a weights file or the index of a sharded one."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = [entry.name for entry in path.iterdir() if entry.is_file()]
+        return path / _choose(files, f"{source}", f"{path}{os.sep}<file>")
+    if path.is_file():
+        if path.suffix not in SUFFIXES and not path.name.endswith(".index.json"):
+            raise VarpiError(f"{source}: not a checkpoint file; the name must end in one of {', '.join(SUFFIXES)}")
+        return path
+    match = _HUB_ID.fullmatch(os.fspath(source))
+    if match and Path(match["repo"]).suffix not in SUFFIXES:
+        return _download(match["repo"], match["revision"], match["file"])
+    raise VarpiError(
+        f"{source}: no such file or directory, and neither a Hub id (org/name[@revision][:file]) nor an embedded pair "
+        f"({', '.join(EMBEDDED)})"
+    )
+
+
+def embedded(name: str, kind: str) -> Path:
+    """The package's own weights: of the pair `name`, the "generator", the "tokenizer" or the "judge"."""
+    path = Path(str(importlib.resources.files("varpi.embedded") / f"{name}-{kind}.safetensors"))
+    if not path.is_file():
+        raise VarpiError(f"{path}: the embedded {kind} {name!r} is not in this installation; install varpi again")
+    return path
+
+
+def _choose(files: Iterable[str], where: str, how: str) -> str:
+    """Among the names in a directory, the file to load."""
+    files = sorted(files)
+    for preferred in ("model.safetensors", "consolidated.pth"):
+        if preferred in files:
+            return preferred
+    for endings in ((".safetensors.index.json",), SUFFIXES):
+        candidates = [name for name in files if name.endswith(endings)]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            raise VarpiError(f"{where}: holds {len(candidates)} checkpoints ({few(candidates)}); name one: {how}")
+    raise VarpiError(f"{where}: holds no checkpoint (*{', *'.join(SUFFIXES)})")
+
+
+def _download(repo: str, revision: str | None, file: str | None) -> Path:
+    """Bring a Hub checkpoint into the Hub's own cache, or find it there when the Hub cannot be reached."""
+    import huggingface_hub as hub  # not at the top: a second to import, seldom needed
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    how = f"{where}:<file>"
+
+    def fetch(name: str) -> Path:
+        return Path(hub.hf_hub_download(repo, name, revision=revision))
+
+    try:
+        listing = hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
+        names = [sibling.rfilename for sibling in listing]
+        path = fetch(file or _choose([name for name in names if "/" not in name], where, how))
+        if path.name.endswith(".index.json"):
+            for shard in _shards(path):
+                fetch(f"{Path(file).parent / shard}" if file else shard)
+        return path
+    except VarpiError:
+        raise
+    except errors.GatedRepoError as error:
+        raise VarpiError(f"{where}: needs permission; accept its terms on the Hub, then `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise VarpiError(f"{where}: the Hub's {repo} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise VarpiError(f"{where}: no such file or directory here and no such repository on the Hub") from error
+    except errors.EntryNotFoundError as error:
+        raise VarpiError(f"{where}: the Hub's {repo} has no file {file!r}") from error
+    except Exception as error:  # no network: which exception says so differs between versions of huggingface_hub
+        cached = _cached(repo, revision)
+        if cached is None:
+            raise VarpiError(
+                f"{where}: no such file or directory here, the Hub cannot be reached ({type(error).__name__}), and its "
+                "cache does not hold it; download it where there is a network and pass the directory"
+            ) from error
+    if not file:
+        return cached / _choose([entry.name for entry in cached.iterdir()], f"{where} (cached)", how)
+    if not (cached / file).is_file():
+        raise VarpiError(f"{where}: the Hub cannot be reached, and its cache does not hold {file!r}")
+    return cached / file
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The directory of what was downloaded of a repository before."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # Recent versions say so when only part of the repository was downloaded, which is all we ever do.
+        partial = getattr(error, "snapshot_path", None)
+        return Path(partial) if partial else None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise VarpiError(f"{path}: not a readable safetensors file, truncated perhaps ({line(error)})") from error
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names that the index of a sharded checkpoint lists."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise VarpiError(f"{index}: not a readable index of a sharded checkpoint ({line(error)})") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise VarpiError(f"{index}: lists {name!r}, which is not the name of a file beside it")
+    return names
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in _shards(index):
+        shard = index.parent / name
+        if not shard.is_file():
+            raise VarpiError(f"{index}: its shard {name} is missing")
+        tensors |= _read_safetensors(shard)[0] if shard.suffix == ".safetensors" else _read_pickle(shard)
+    listed = json.loads(index.read_text())["weight_map"]
+    if absent := [key for key in listed if key not in tensors]:
+        raise VarpiError(f"{index}: {len(absent)} listed tensors are in no shard: {few(absent)}")
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    """A file of `torch.save`, of which only plain data is let in; memory-mapped where its format allows."""
+    try:
+        # LlamaGen's trainers store their argparse.Namespace beside the weights: plain data, so let it pass.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) ([\w.]+)", str(error))
+        if found:
+            raise VarpiError(
+                f"{path}: holds {found[1]}, not only plain tensors, and is refused, for loading it could run code; "
+                "save its state dict alone, best as .safetensors"
+            ) from error
+        raise VarpiError(f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        # What the unpickler raises on arbitrary bytes is not specified.
+        raise VarpiError(f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all") from error
+    if not isinstance(content, Mapping):
+        raise VarpiError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    return dict(content)
+
+
+def _unwrap(content: Mapping[str, Any], where: object) -> dict[str, Tensor]:
+    """The dictionary of tensors inside its wrappers, under names without prefixes."""
+    while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
+        content = content[wrapper]
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise VarpiError(
+                f"{where}: entry {name!r} is a {type(value).__name__}, not a tensor; a checkpoint is a dictionary of "
+                f"tensors, by itself or under one of {', '.join(map(repr, WRAPPERS))}"
+            )
+        plain = name.replace("._orig_mod.", ".")
+        while prefix := next((prefix for prefix in PREFIXES if plain.startswith(prefix)), None):
+            plain = plain.removeprefix(prefix)
+        if plain in tensors:
+            raise VarpiError(f"{where}: two entries are called {plain!r} once prefixes such as 'module.' are taken off")
+        tensors[plain] = value
+    if not tensors:
+        raise VarpiError(f"{where}: holds no tensors")
+    return tensors
+
+
+def write_aside(path: str | os.PathLike[str], size: int, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a file beside `path` that then takes its place, so that `path` is old or new, never half.
+
+    size: how many bytes it will be, about.
+
+    Raises:
+        VarpiError: it cannot be written, for instance for lack of space; `path` is as before.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise VarpiError(f"{path}: is a directory; give the name of a file")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise VarpiError(f"{path}: no space left on the disk ({size:,} bytes needed, {free:,} free); not written")
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise VarpiError(f"{path}: could not be written ({line(error)}); nothing was overwritten") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def line(error: BaseException) -> str:
+    """An exception on one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

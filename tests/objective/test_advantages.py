@@ -1,0 +1,59 @@
+"""Group advantages, Eq. 4."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from varpi.errors import VarpiError
+from varpi.objective import group_advantages
+
+
+def test_hand_worked():
+    # Means 2 and 0; unbiased variances 1 and (4 + 4) / 2 = 4.
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [-2.0, 2.0, 0.0]])
+    assert torch.allclose(group_advantages(rewards), torch.tensor([[-1.0, 0.0, 1.0], [-1.0, 1.0, 0.0]]))
+
+
+def test_clip_acts_on_both_sides():
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 8.0], [0.0, 0.0, 0.0, -8.0]])
+    # Mean 2, unbiased standard deviation 4: -0.5 and 1.5.
+    expected = torch.tensor([[-0.5, -0.5, -0.5, 1.0], [0.5, 0.5, 0.5, -1.0]])
+    assert torch.allclose(group_advantages(rewards, clip=1.0), expected)
+
+
+def test_unbiased_score_is_bounded_at_eight_samples():
+    """(G-1)/√G = 2.475 at G = 8: the default clip of 5 cannot act (SPEC §4.1)."""
+    rewards = torch.zeros(1, 8)
+    rewards[0, 0] = 1e4
+    assert group_advantages(rewards)[0, 0].item() == pytest.approx(7 / math.sqrt(8), rel=1e-5)
+
+
+@pytest.mark.parametrize("group_size", range(2, 18))
+@pytest.mark.parametrize("value", [0.0, 0.1, -0.3, 1e-9, 12345.678])
+def test_equal_rewards_give_exact_zeros(value: float, group_size: int):
+    assert (group_advantages(torch.full((3, group_size), value)) == 0).all()
+
+
+def test_groups_do_not_influence_each_other():
+    rewards = torch.randn(5, 8)
+    assert torch.equal(group_advantages(rewards)[2:3], group_advantages(rewards[2:3]))
+
+
+def test_a_nan_stays_visible_in_its_group_only():
+    rewards = torch.tensor([[1.0, torch.nan, 1.0], [1.0, 2.0, 3.0]])
+    advantages = group_advantages(rewards)
+    assert advantages[0].isnan().all()
+    assert torch.allclose(advantages[1], torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_one_sample_is_no_group():
+    with pytest.raises(VarpiError, match=r"\(4, 1\).*G >= 2"):
+        group_advantages(torch.zeros(4, 1))
+
+
+def test_original_implementation(shared: Path):
+    golden = load_file(shared / "fixtures" / "llamagen_c2i_small.safetensors")
+    assert torch.allclose(group_advantages(golden["rewards"]), golden["advantages"], atol=1e-6)

@@ -1,0 +1,121 @@
+"""The reward by hand, and what it must not compute, hold or repeat."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from varpi.errors import VarpiError
+from varpi.objective import ConvFeatures, RewardWeights, SmallConvNet, score_samples
+
+
+class MeanColor:
+    """A perceptual distance simple enough to work by hand; counts the images it looks at."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        self.seen.append(images)
+        return [images.mean(dim=(2, 3), keepdim=True)]
+
+    def distance(self, features: list[Tensor], reference: list[Tensor]) -> Tensor:
+        (left,), (right,) = features, reference
+        right = right.repeat_interleave(left.shape[0] // right.shape[0], dim=0)
+        return (left - right).abs().sum(dim=(1, 2, 3))
+
+
+class Decoder:
+    """Token t becomes the gray value t / 10; remembers how many sequences came at once."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.batches.append(tokens.shape[0])
+        return (tokens / 10).reshape(-1, 1, 2, 2).expand(-1, 3, 2, 2)
+
+
+def test_parts_by_hand():
+    # Against a black image (all 0) and G = 2 samples of four pixels.
+    samples = torch.tensor([[[1, 1, 1, 1], [0, 0, 0, 20]]])
+    images = torch.zeros(1, 3, 2, 2)
+    rewards = score_samples(Decoder(), samples, images, RewardWeights(2.0, 0.5, 1.0), perceptual=MeanColor())
+    assert rewards.parts["mse"].tolist() == [pytest.approx([0.01, 1.0])]  # not clamped: (20/10)² / 4
+    assert rewards.parts["l1"].tolist() == [pytest.approx([0.1, 0.5])]
+    assert rewards.parts["perceptual"].tolist() == [pytest.approx([0.3, 1.5])]
+    assert rewards.total.tolist() == [pytest.approx([-(0.02 + 0.15 + 0.1), -(2.0 + 0.75 + 0.5)])]
+    assert rewards.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8, 11, 100])
+def test_chunks_change_nothing_but_the_decode_batch(chunk: int):
+    batch, group_size = 5, 4
+    samples = torch.randint(20, (batch, group_size, 4))
+    images = torch.randn(batch, 3, 2, 2)
+    weights = RewardWeights(1.0, 1.0, 1.0)
+    whole = score_samples(Decoder(), samples, images, weights, perceptual=MeanColor(), chunk=batch * group_size)
+
+    decoder, perceptual = Decoder(), MeanColor()
+    rewards = score_samples(decoder, samples, images, weights, perceptual=perceptual, chunk=chunk)
+    assert torch.allclose(rewards.total, whole.total, atol=1e-6)
+    for name, part in whole.parts.items():
+        assert torch.allclose(rewards.parts[name], part, atol=1e-6)
+    assert max(decoder.batches) <= chunk
+    assert sum(decoder.batches) == batch * group_size
+    # Each target once, each decoded sample once.
+    seen = torch.cat(perceptual.seen)
+    assert seen.shape[0] == batch + batch * group_size
+    assert [int((seen == image).all(dim=(1, 2, 3)).sum()) for image in images] == [1] * batch
+
+
+def test_distances_of_weight_zero_are_not_computed():
+    perceptual = MeanColor()
+    samples, images = torch.randint(20, (2, 3, 4)), torch.randn(2, 3, 2, 2)
+    rewards = score_samples(Decoder(), samples, images, RewardWeights(1.0, 0.0), perceptual=perceptual)
+    assert perceptual.seen == []
+    assert list(rewards.parts) == ["mse"]
+    assert torch.equal(rewards.total, -rewards.parts["mse"])
+    alone = score_samples(Decoder(), samples, images, RewardWeights(0.0, 0.0, 1.0), perceptual=None)
+    assert list(alone.parts) == ["l1"]
+
+
+def test_each_sample_meets_its_own_image():
+    images = torch.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1, 1).expand(3, 3, 2, 2)
+    samples = torch.tensor([1, 2, 3]).reshape(3, 1, 1).expand(3, 2, 4)
+    rewards = score_samples(Decoder(), samples, images, RewardWeights(), perceptual=MeanColor(), chunk=4)
+    assert rewards.total.abs().max() < 1e-6
+
+
+def test_networks_and_decoders_get_no_gradient():
+    scale = torch.ones((), requires_grad=True)
+    perceptual = ConvFeatures(SmallConvNet((8,), 2))
+    images = torch.randn(1, 3, 4, 4)
+    rewards = score_samples(
+        lambda tokens: scale * torch.ones(tokens.shape[0], 3, 4, 4),
+        torch.zeros(1, 2, 4, dtype=torch.int64),
+        images,
+        RewardWeights(),
+        perceptual=perceptual,
+    )
+    assert not rewards.total.requires_grad
+
+
+@pytest.mark.parametrize("name", ["mse", "perceptual", "l1"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_bad_weights_are_refused(name: str, value: float):
+    with pytest.raises(VarpiError, match=f"reward weight {name} is {value}"):
+        RewardWeights(**{name: value})
+
+
+def test_contradictions_are_refused():
+    samples, images = torch.zeros(1, 2, 4, dtype=torch.int64), torch.zeros(1, 3, 2, 2)
+    with pytest.raises(VarpiError, match="every reward weight is 0"):
+        RewardWeights(0.0, 0.0, 0.0)
+    with pytest.raises(VarpiError, match="no perceptual distance was given"):
+        score_samples(Decoder(), samples, images, RewardWeights())
+    with pytest.raises(VarpiError, match="chunk is 0"):
+        score_samples(Decoder(), samples, images, RewardWeights(1.0, 0.0), chunk=0)
+    with pytest.raises(VarpiError, match=r"\(3, 2, 2\) but the targets are \(3, 4, 4\)"):
+        score_samples(Decoder(), samples, torch.zeros(1, 3, 4, 4), RewardWeights(1.0, 0.0))
+    with pytest.raises(VarpiError, match="samples of 1 images, but 2 images"):
+        score_samples(Decoder(), samples, torch.zeros(2, 3, 2, 2), RewardWeights(1.0, 0.0))

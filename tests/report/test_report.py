@@ -1,0 +1,205 @@
+"""The page: what it says, that it stands alone, and that data cannot break out of it."""
+
+import base64
+import io
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varpi.errors import VarpiError
+from varpi.report import Reconstruction, RunReport, SampleGrid, TableRow, mean_and_std, render, write
+
+
+def pictures(n: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def curve(*metrics: str, steps: int = 60) -> list[dict[str, float]]:
+    return [{"step": step, **{name: 1 / step for name in metrics}} for step in range(1, steps + 1)]
+
+
+@pytest.fixture(scope="module")
+def report() -> RunReport:
+    return RunReport(
+        title="Digits, post-trained",
+        paragraph="What was done.",
+        command="varpi demo --out runs/demo",
+        table=[
+            TableRow("Base", {"frechet_distance": [31.12, 0.43], "precision": [0.8112, 0.0047]}, "temperature 1"),
+            TableRow("Tuned", {"frechet_distance": [13.2, 0.13], "precision": [0.79, 0.004]}),
+        ],
+        samples=[
+            SampleGrid("Base", pictures(6), [1, 0, 1, 0, 1, 0]),
+            SampleGrid("Tuned", pictures(5), [0, 1, 0, 1, 0]),
+        ],
+        reconstructions=[Reconstruction(*pictures(4)), Reconstruction(*pictures(4))],
+        curves={"VA-π": curve("reward_mean", "prior_loss"), "Control": curve("prior_loss", "seconds")},
+        environment={"torch": "2.15"},
+        recipe="method: va_pi\n",
+        costs={"VA-π": {"seconds": 143.21, "images": 3840}, "Control": {"seconds": 51.0}},
+    )
+
+
+@pytest.fixture(scope="module")
+def page(report) -> str:
+    return render(report)
+
+
+def mosaics(page: str) -> list[np.ndarray]:
+    codes = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))) for code in codes]
+
+
+def test_page_asks_for_nothing_from_elsewhere(page):
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link (?!rel=\"icon\" href=\"data:,\")", page)
+    assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', page))
+    assert all(target.startswith(("#", "data:")) for target in re.findall(r'\bhref="([^"]*)', page))
+    assert set(re.findall(r"url\(([^)]{1,4})", page)) <= {"#rew", "#pri"}
+    assert page.count("<style") == 1  # a curve's own style sheet would apply to the whole page
+
+
+def test_ids_are_unique_and_references_resolve(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 20
+    assert set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+
+
+def test_numbers_and_the_best_of_each_column(page):
+    text = re.sub(r"\s+", " ", re.sub(r'<span class="std">|</span>', "", page))
+    assert '<td class="best">13.20 ± 0.13</td>' in text
+    assert "<td>31.1 ± 0.4</td>" in text
+    assert '<td class="best">0.811 ± 0.005</td>' in text
+    assert page.count('class="best"') == 2
+    assert "lower is better" in page
+    assert "How far the distribution" in page
+    assert "Diversity" not in page  # recall was not measured
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "shown"),
+    [
+        (0.81234, 0.0043, ("0.812", "0.004")),
+        (17.42, 1.26, ("17.4", "1.3")),
+        (17.42, 1.97, ("17", "2")),
+        (130.8, 24.0, ("131", "24")),
+        (14.38, 0.0996, ("14.4", "0.1")),
+        (14.38, 0.1, ("14.38", "0.10")),
+        (1.0, 0.0, ("1", "0")),
+    ],
+)
+def test_digits_follow_the_spread(mean, std, shown):
+    assert mean_and_std(mean, std) == shown
+
+
+def test_samples_stand_in_columns_of_their_class(page):
+    images = pictures(6)
+    mosaic = mosaics(page)[0]
+    factor, gap = 16, 8
+    assert mosaic.shape == (3 * 128 + 2 * gap, 2 * 128 + gap, 4)
+    for row, column, index in [(0, 0, 1), (0, 1, 0), (1, 0, 3), (2, 1, 4)]:
+        top, left = row * (128 + gap), column * (128 + gap)
+        tile = mosaic[top : top + 128 : factor, left : left + 128 : factor]
+        np.testing.assert_array_equal(tile[..., :3], images[index])
+    assert (mosaic[128 : 128 + gap, :, 3] == 0).all()
+    assert 'alt="Base: 6 generated images, one class a column: 0, 1"' in page
+    assert 'alt="Tuned: 5 generated images"' in page  # unequal classes stay in the order given
+
+
+def test_reconstructions_make_four_strips(page):
+    strips = mosaics(page)[2:]
+    assert len(strips) == 4
+    for i, strip in enumerate(strips):
+        np.testing.assert_array_equal(strip[:128:16, :128:16, :3], pictures(4)[i])
+
+
+def test_every_image_has_a_description(page):
+    assert page.count("<img ") == len(re.findall(r'<img src="[^"]+" alt="[^"]{10,}">', page)) == 6
+
+
+def test_curves_of_known_metrics_only(page):
+    panels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)">', page)
+    assert panels == [
+        "Reward over training steps: VA-π",
+        "Prior loss over training steps: VA-π, Control",
+    ]
+    assert "var(--series-1)" in page
+    assert "#0a0001" not in page
+    assert "#010101" not in page
+
+
+def test_a_skipped_update_leaves_the_rest_of_its_curve(report):
+    records = [*curve("prior_loss", steps=3), {"step": 4, "prior_loss": math.nan}, {"step": 5, "prior_loss": 0.2}]
+    page = render(replace(report, curves={"run": records}))
+    assert "Prior loss over training steps: run" in page
+    assert not re.search(r"\bnan\b", page.split("Learning curves")[1].split("</section>")[0])
+
+
+def test_data_is_escaped(report):
+    evil = '"><script>alert(1)</script>'
+    page = render(
+        replace(
+            report,
+            title=evil,
+            paragraph=evil,
+            command=evil,
+            table=[TableRow(evil, {"recall": [0.5, 0.1]}, evil)],
+            samples=[SampleGrid(evil, pictures(2), [0, 0])],
+            curves={evil: curve("mse", steps=2)},
+            environment={evil: evil},
+            recipe=evil,
+            costs={evil: {evil: evil}},
+        )
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 13
+
+
+def test_empty_parts_are_left_out():
+    page = render(RunReport("Title", "Paragraph.", "varpi demo"))
+    assert "<h2>" not in page
+    assert "<h1>Title</h1>" in page
+
+
+def test_costs(page):
+    assert re.search(r"<td>143</td>\s*<td>3\u202f840</td>", page)
+    assert re.search(r"<td>51</td>\s*<td>–</td>", page)
+
+
+def test_same_report_gives_the_same_page(report, page):
+    assert render(report) == page
+
+
+def test_write(report, page, tmp_path):
+    write(tmp_path / "runs" / "report.html", report)
+    assert (tmp_path / "runs" / "report.html").read_text(encoding="utf-8") == page
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["report.html"]
+    with pytest.raises(VarpiError, match=r"report\.html/again\.html: cannot be written"):
+        write(tmp_path / "runs" / "report.html" / "again.html", report)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"table": [TableRow("Base", {"fid": [1.0, 0.1]})]},
+            "Base has an unknown metric fid; known are frechet_distance",
+        ),
+        ({"table": [TableRow("Base", {"recall": [math.nan, 0.1]})]}, "recall of Base is .*finite"),
+        ({"table": [TableRow("Base", {"recall": [0.5]})]}, "recall of Base is .*finite"),
+        (
+            {"samples": [SampleGrid("Base", pictures(3) / 255, [0, 1, 2])]},
+            "samples of Base: expected uint8 .* got float64",
+        ),
+        ({"samples": [SampleGrid("Base", pictures(3), [0, 1])]}, r"samples of Base: 3 images, classes \(2,\)"),
+        ({"reconstructions": [Reconstruction(*pictures(3), pictures(1, 4)[0])]}, "different shapes"),
+        ({"curves": {"run": [{"mse": 0.1}]}}, "1 of 1 metrics records of run have no step"),
+        ({"curves": {str(i): curve("mse") for i in range(7)}}, "7 runs; at most 6"),
+    ],
+)
+def test_bad_reports(report, change, message):
+    with pytest.raises(VarpiError, match=message):
+        render(replace(report, **change))
