@@ -16,6 +16,7 @@ from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
 from varpi.sampling import filter_logits, generate
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import load_generator, load_tokenizer, to_original
+from varpi.weights.names import original_name
 
 GRADIENTS = (
     "cls_embedding.embedding_table.weight",
@@ -42,10 +43,9 @@ def golden(shared: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def config_of(metadata: dict[str, str]) -> LlamaGenConfig:
     said = json.loads(metadata["config"])
-    conditioning = {"c2i": "class", "t2i": "text"}[said.pop("model_type")]
     return LlamaGenConfig(
         grid=math.isqrt(said.pop("block_size")),
-        conditioning=conditioning,
+        conditioning="class" if said.pop("model_type") == "c2i" else "text",
         condition_tokens=said.pop("cls_token_num"),
         **said,
     )
@@ -158,8 +158,6 @@ def test_gpt_b_at_full_size(shared: Path, fill: ModuleType) -> None:
 def original_shapes(size: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = LlamaGen(LlamaGenConfig.named(size))
-    from varpi.weights.names import original_name
-
     return {original_name(name): tensor.shape for name, tensor in model.state_dict().items()}
 
 

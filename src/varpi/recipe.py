@@ -285,24 +285,28 @@ def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> 
     """
     where = str(name_or_path)
     if where in shipped_recipes():
-        text = (importlib.resources.files("varpi.recipes") / f"{where}.yaml").read_text()
-        where = f"{where}.yaml"
+        path = Path(str(importlib.resources.files("varpi.recipes") / f"{where}.yaml"))
     else:
         path = Path(where)
         if not path.is_file():
             close = difflib.get_close_matches(where, shipped_recipes(), 1)
             hint = f"did you mean {close[0]}?" if close else f"the shipped ones are {', '.join(shipped_recipes())}"
             raise VarpiError(f"no recipe {where!r}: neither a file nor a shipped recipe; {hint}")
-        text = path.read_text()
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise VarpiError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise VarpiError(f"{where}: a recipe is a mapping of sections, not {type(values).__name__}")
+    values = read_yaml(path)
     for setting in settings or []:
         _apply(values, setting)
-    return parse_recipe(values, where)
+    return parse_recipe(values, path.name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a recipe file, unchecked."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise VarpiError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise VarpiError(f"{path}: a recipe is a mapping of sections, not {type(values).__name__}")
+    return values
 
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:

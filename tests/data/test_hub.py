@@ -78,7 +78,7 @@ def test_saved_dataset_and_dictionary(tmp_path: Path) -> None:
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
     assert _reds(open_dataset(tmp_path / "two", image_size=16, split="validation")) == [20, 30]
     _saved_images([]).save_to_disk(tmp_path / "none")
-    with pytest.raises(VarpiError, match="no images; the table has no rows"):
+    with pytest.raises(VarpiError, match="no images; the saved dataset has no rows"):
         open_dataset(tmp_path / "none", image_size=16)
     with pytest.raises(VarpiError, match="no split 'test'; it has train, validation"):
         open_dataset(tmp_path / "two", image_size=16, split="test")

@@ -1,4 +1,5 @@
 import logging
+import multiprocessing
 import subprocess
 import sys
 from itertools import islice
@@ -205,8 +206,21 @@ sys.exit(3)
 
 @pytest.mark.parametrize("arguments", [[], ["signals"]])
 def test_a_program_ends_with_its_workers_still_busy(arguments: list[str]) -> None:
-    """And workers outlive the signals that a scheduler sends to every process of a job."""
+    """The workers also outlive the signals that a scheduler sends to every process of a job."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (3, "done\n", "")
+
+
+def _fail_in_the_middle() -> None:
+    stream = Batches(Numbers(50), batch_size=8, seed=0, workers=2).from_step(0)
+    next(stream)
+    raise RuntimeError("the traceback holds the stream")
+
+
+def test_a_child_process_that_fails_ends_with_its_workers() -> None:
+    child = multiprocessing.get_context("fork").Process(target=_fail_in_the_middle)
+    child.start()
+    child.join(timeout=30)
+    assert child.exitcode == 1

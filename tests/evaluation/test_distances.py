@@ -18,8 +18,9 @@ def normal(n: int, d: int, seed: int = 0) -> np.ndarray:
 def test_golden_numbers(shared):
     golden = np.load(shared / "fixtures" / "distances.npz")
     reference, samples = golden["reference"], golden["samples"]
+    expected = float(golden["precision"]), float(golden["recall"])
     assert frechet_distance(reference, samples) == pytest.approx(float(golden["frechet"]), rel=1e-6)
-    assert precision_recall(reference, samples, k=3) == pytest.approx((golden["precision"], golden["recall"]), abs=1e-9)
+    assert precision_recall(reference, samples, k=3) == pytest.approx(expected, abs=1e-8)
     assert inception_score(golden["logits"], splits=1) == pytest.approx(float(golden["inception_score"]), rel=1e-6)
 
 
@@ -58,8 +59,8 @@ def test_frechet_of_singular_covariances():
 
 
 def test_precision_recall_by_hand():
-    # Ten reference points on a line one apart; with k = 1 each ball reaches 1. Samples: two on the line, two far off, and
-    # the balls of those two pairs reach 0.5 each.
+    # Ten reference points on a line, one apart; with k = 1 each ball reaches 1. Two samples lie on the line and two far
+    # off, and their balls reach 0.5 each.
     reference = np.array([[float(i), 0.0] for i in range(10)])
     samples = np.array([[4.0, 0.0], [4.5, 0.0], [100.0, 0.0], [100.5, 0.0]])
     precision, recall = precision_recall(reference, samples, k=1)

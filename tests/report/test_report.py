@@ -37,7 +37,7 @@ def report() -> RunReport:
             SampleGrid("Tuned", pictures(5), [0, 1, 0, 1, 0]),
         ],
         reconstructions=[Reconstruction(*pictures(4)), Reconstruction(*pictures(4))],
-        curves={"VA-π": curve("reward_mean", "prior_loss"), "Control": curve("prior_loss", "seconds")},
+        curves={"VA-π": curve("reward_mean", "cross_entropy"), "Control": curve("cross_entropy", "seconds")},
         environment={"torch": "2.15"},
         recipe="method: va_pi\n",
         costs={"VA-π": {"seconds": 143.21, "images": 3840}, "Control": {"seconds": 51.0}},
@@ -55,7 +55,8 @@ def mosaics(page: str) -> list[np.ndarray]:
 
 
 def test_page_asks_for_nothing_from_elsewhere(page):
-    assert not re.search(r"https?:|//[a-z]|@import|<script|<link (?!rel=\"icon\" href=\"data:,\")", page)
+    text = re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link (?!rel=\"icon\" href=\"data:,\")", text)
     assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', page))
     assert all(target.startswith(("#", "data:")) for target in re.findall(r'\bhref="([^"]*)', page))
     assert set(re.findall(r"url\(([^)]{1,4})", page)) <= {"#rew", "#pri"}
@@ -86,7 +87,7 @@ def test_numbers_and_the_best_of_each_column(page):
         (17.42, 1.26, ("17.4", "1.3")),
         (17.42, 1.97, ("17", "2")),
         (130.8, 24.0, ("131", "24")),
-        (14.38, 0.0996, ("14.4", "0.1")),
+        (14.38, 0.0996, ("14.38", "0.10")),
         (14.38, 0.1, ("14.38", "0.10")),
         (1.0, 0.0, ("1", "0")),
     ],
@@ -132,7 +133,11 @@ def test_curves_of_known_metrics_only(page):
 
 
 def test_a_skipped_update_leaves_the_rest_of_its_curve(report):
-    records = [*curve("prior_loss", steps=3), {"step": 4, "prior_loss": math.nan}, {"step": 5, "prior_loss": 0.2}]
+    records = [
+        *curve("cross_entropy", steps=3),
+        {"step": 4, "cross_entropy": math.nan},
+        {"step": 5, "cross_entropy": 0.2},
+    ]
     page = render(replace(report, curves={"run": records}))
     assert "Prior loss over training steps: run" in page
     assert not re.search(r"\bnan\b", page.split("Learning curves")[1].split("</section>")[0])

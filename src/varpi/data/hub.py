@@ -86,6 +86,8 @@ def load_saved(directory: Path, split: str) -> datasets.Dataset:
     """What `save_to_disk` wrote: one dataset (split "train") or a dictionary of splits."""
     try:
         loaded = datasets.load_from_disk(str(directory))
+    except IndexError as error:  # the library's words for a table without rows: "list index out of range"
+        raise VarpiError(f"{directory}: no images; the saved dataset has no rows") from error
     except Exception as error:
         raise VarpiError(f"{directory}: cannot be read as a saved dataset ({_reason(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -115,9 +116,12 @@ class Batches:
         if self._workers == 0:
             return map(self.at, itertools.count(step))
         stream = self._prefetched(step)
-        # Left to the interpreter's own teardown, busy workers would be waited for; so close before it begins.
+        # A program may end while the iterator is still held, say by a traceback. The interpreter then waits for the
+        # workers without telling them, for ever; so tell them before: `atexit` in a main process, and in a child of
+        # multiprocessing, which skips that, its own finalizers.
         reference = weakref.ref(stream)
-
+        atexit.register(_close, reference)
+        Finalize(None, _close, (reference,), exitpriority=0)
         return stream
 
     def _prefetched(self, step: int) -> Generator[Batch, None, None]:
@@ -231,6 +235,6 @@ def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _close(stream: Generator[Batch, None, None] | None) -> None:
-    if stream is not None:
+def _close(reference: "weakref.ref[Generator[Batch, None, None]]") -> None:
+    if (stream := reference()) is not None:
         stream.close()

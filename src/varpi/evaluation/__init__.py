@@ -1,4 +1,4 @@
-"""How good a set of images is: distances between feature sets, image files as evaluators want them, the digits' judge."""
+"""How good a set of images is: distances between feature sets, image files, the digits' judge."""
 
 from varpi.evaluation.distances import frechet_distance, inception_score, precision_recall
 from varpi.evaluation.embedded import measure, summarize

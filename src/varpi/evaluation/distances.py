@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors, and the Inception Score: float64 on the CPU, as the ADM evaluator has them.
+"""Distances between two sets of feature vectors, and the Inception Score: float64, as in the ADM evaluator.
 
 Shapes: N vectors of D features, K classes.
 """
@@ -22,9 +22,9 @@ def frechet_distance(a: Features, b: Features) -> float:
 
     Raises VarpiError for fewer than two vectors, non-finite ones, or different numbers of features.
     """
-    a, b = _pair(a, b, "first", "second", at_least=2)
-    difference = a.mean(axis=0) - b.mean(axis=0)
-    covariance_a, covariance_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
+    first, second = _pair(a, b, "first", "second", at_least=2)
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    covariance_a, covariance_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (first, second))
     values, vectors = np.linalg.eigh(covariance_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     eigenvalues = np.linalg.eigvalsh(root_a @ covariance_b @ root_a)
@@ -37,18 +37,16 @@ def precision_recall(reference: Features, samples: Features, k: int = 3) -> tupl
     """Improved precision and recall (Kynkäänniemi et al. 2019), both in [0, 1].
 
     Each vector spans a ball that reaches to its k-th nearest neighbour in its own set. Precision is the share of
-    `samples` (M,D) inside some ball of `reference` (N,D); recall is the share of `reference` inside some ball of `samples`.
+    `samples` (M,D) inside some ball of `reference` (N,D), recall that of `reference` inside some ball of `samples`.
 
     Raises VarpiError for k < 1, for k vectors or fewer, non-finite ones, or different numbers of features.
     """
     if k < 1:
         raise VarpiError(f"precision_recall: k is {k}; it must be >= 1")
-    reference, samples = _pair(reference, samples, "reference", "samples", at_least=k + 1)
-    centre = reference.mean(axis=0)  # distances do not change, but their rounding errors shrink
-    reference, samples = reference - centre, samples - centre
-    precision = _share_inside(samples, reference, _radii(reference, k))
-    recall = _share_inside(reference, samples, _radii(samples, k))
-    return precision, recall
+    real, made = _pair(reference, samples, "reference", "samples", at_least=k + 1)
+    centre = real.mean(axis=0)  # distances do not change, but their rounding errors shrink
+    real, made = real - centre, made - centre
+    return _share_inside(made, real, _radii(real, k)), _share_inside(real, made, _radii(made, k))
 
 
 def inception_score(logits: Features, splits: int = 10) -> float:

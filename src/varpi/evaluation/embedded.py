@@ -3,14 +3,18 @@
 Shapes: n images, D features of the judge.
 """
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
+from varpi.data import open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import Features, frechet_distance, precision_recall
-from varpi.evaluation.judge import embed
+from varpi.evaluation.images import from_uint8, read_folder, read_npz
+from varpi.evaluation.judge import embed, load_judge
 from varpi.objective.features import SmallConvNet
 
 
@@ -19,9 +23,9 @@ def measure(
 ) -> dict[str, float]:
     """Judge one set of samples, as it would be after saving to 8-bit images.
 
-    samples (n,3,32,32) in [-1,1]; classes (n,) the class that was asked of each; reference_features (m,D) = `embed` of real
-    images. Returns frechet_distance, precision, recall, and class_agreement: the share of samples in which the judge sees
-    the class asked for. Raises VarpiError when the numbers of samples and classes differ, and as `embed` and the distances do.
+    samples (n,3,32,32) in [-1,1]; classes (n,), what was asked; reference_features (m,D) = `embed` of real images.
+    Returns frechet_distance, precision, recall, and class_agreement: the share of samples in which the judge sees the
+    class asked for. Raises VarpiError when samples and classes differ in number, and as `embed` and the distances do.
     """
     if classes.shape != (len(samples),):
         raise VarpiError(
@@ -35,6 +39,29 @@ def measure(
         "recall": recall,
         "class_agreement": (seen == classes.cpu()).double().mean().item(),
     }
+
+
+def evaluate_files(path: Path, split: str = "test") -> dict[str, float]:
+    """Measure saved digit images: a directory of `varpi sample`, a folder of images, or an ADM-style `.npz`.
+
+    Against the digits of `split`. class_agreement needs the classes, which only `varpi sample` records, and is left out
+    without them.
+    """
+    record = path / "sample.json"
+    if path.is_dir():
+        images = read_npz(path / "samples.npz") if (path / "samples.npz").is_file() else read_folder(path)
+    else:
+        images = read_npz(path)
+    if images.shape[1:3] != (32, 32):
+        raise VarpiError(f"{path}: its images are {images.shape[2]}x{images.shape[1]}; the judge knows 32x32 digits")
+    judge = load_judge()
+    digits = open_dataset("digits", image_size=32, split=split)
+    reference, _ = embed(judge, torch.stack([digits[i].image for i in range(len(digits))]))
+    samples = from_uint8(images)
+    known = record.is_file()
+    classes = torch.tensor(json.loads(record.read_text())["classes"]) if known else torch.zeros(len(samples))
+    numbers = measure(samples, classes, judge, reference)
+    return numbers if known else {name: value for name, value in numbers.items() if name != "class_agreement"}
 
 
 def summarize(measurements: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

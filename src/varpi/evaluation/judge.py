@@ -1,43 +1,20 @@
-"""The judge: a small classifier trained apart from every reward, whose features and verdicts measure the embedded digits.
+"""The judge of the embedded digits: a small classifier, trained apart from every reward, that measures samples.
 
 Shapes: n images, D features.
 """
 
-import os
-from importlib.resources import as_file, files
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from varpi.errors import VarpiError
 from varpi.evaluation.images import from_uint8, to_uint8
 from varpi.objective.features import SmallConvNet
+from varpi.weights import embedded
+from varpi.weights.classifier import load_classifier
 
 
-def load_judge(path: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> SmallConvNet:
-    """The judge that ships with the package, or one from a safetensors file; frozen, in eval mode.
-
-    Its sizes are read off its tensors. Raises VarpiError for a missing or unreadable file, or tensors of another network.
-    """
-    if path is None:
-        with as_file(files("varpi.embedded") / "digits-judge.safetensors") as embedded:
-            return load_judge(embedded, device=device)
-    if not Path(path).is_file():
-        raise VarpiError(f"{path}: no such file; the judge is a safetensors file of a SmallConvNet")
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise VarpiError(f"{path}: cannot be read as safetensors ({error})") from error
-    try:
-        stages = {key.split(".")[1] for key in state if key.startswith("stages.")}
-        channels = [len(state[f"stages.{i}.0.weight"]) for i in range(len(stages))]
-        judge = SmallConvNet(channels, num_classes=len(state["head.weight"]))
-        judge.load_state_dict(state)
-    except (KeyError, RuntimeError, VarpiError) as error:
-        raise VarpiError(f"{path}: does not hold a SmallConvNet ({' '.join(str(error).split())})") from error
-    return judge.eval().requires_grad_(False).to(device)
+def load_judge(device: str = "cpu") -> SmallConvNet:
+    """The judge that ships with the package; frozen, in eval mode."""
+    return load_classifier(embedded("digits", "judge"), device)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ class Generator(Protocol):
     num_tokens: int
     blocks: nn.ModuleList
     gradient_checkpointing: bool
+    training: bool
 
     def logits(self, tokens: Tensor, condition: Any) -> Tensor:
         """Teacher-forced float32 logits (B,N,V): position i predicts tokens[:, i] and sees only tokens[:, :i]."""

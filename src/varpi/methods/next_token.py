@@ -49,9 +49,7 @@ class NextToken:
             targets = self.tokenizer.encode(batch.images)
         condition = batch.condition
         if self.settings.condition_drop > 0:
-            draws = objective.uniforms(
-                self.seed, step, batch.positions, (), stream=CONDITION_DROP, device=self.device
-            )
+            draws = objective.uniforms(self.seed, step, batch.positions, (), stream=CONDITION_DROP, device=self.device)
             condition = self.model.drop_condition(condition, draws < self.settings.condition_drop)
         with self.stages("transformer"):
             loss = self._cross_entropy(targets, condition)

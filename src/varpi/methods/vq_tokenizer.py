@@ -75,6 +75,4 @@ def from_recipe(recipe: Recipe, dataset: Dataset, device: str) -> VqTokenizer:
             f"data.image_size is {recipe.data.image_size}; this tokenizer needs a multiple of {tokenizer.downsample}"
         )
     perceptual = load_perceptual("digits", None, device) if settings.perceptual_weight > 0 else None
-    return VqTokenizer(
-        tokenizer, settings, perceptual=perceptual, precision=recipe.training.precision, device=device
-    )
+    return VqTokenizer(tokenizer, settings, perceptual=perceptual, precision=recipe.training.precision, device=device)

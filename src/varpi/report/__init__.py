@@ -40,8 +40,8 @@ METRICS = {
     "precision": Metric(
         "Precision",
         False,
-        "Fidelity: the share of samples that fall among real images, that is, no farther from one than its third-nearest "
-        "real neighbour.",
+        "Fidelity: the share of samples that fall among real images, that is, no farther from one than its "
+        "third-nearest real neighbour.",
     ),
     "recall": Metric(
         "Recall",
@@ -139,7 +139,10 @@ def render(report: RunReport) -> str:
 
 
 def write(path: str | os.PathLike[str], report: RunReport) -> None:
-    """Render the page into the file `path`, written aside and renamed. Raises VarpiError as `render`, or when it cannot be written."""
+    """Render the page into the file `path`, written aside and renamed.
+
+    Raises VarpiError as `render` does, and when the file cannot be written, which leaves an older one untouched.
+    """
     path = Path(path)
     page = render(report)
     aside = path.with_name(f".{path.name}.part")

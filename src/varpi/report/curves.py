@@ -4,11 +4,11 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,12 +21,12 @@ PANELS = {
     "perceptual": ("Perceptual distance", "of sampled against real image"),
     "reward_std": ("Reward spread", "standard deviation within a group of samples"),
     "policy_loss": ("Policy loss", "clipped surrogate, Eq. 11"),
-    "prior_loss": ("Prior loss", "cross-entropy of the true tokens, nats"),
+    "cross_entropy": ("Cross-entropy", "of the true tokens, nats"),
     "validation_loss": ("Held-out loss", "cross-entropy of held-out tokens, nats"),
     "entropy": ("Entropy", "of the predicted token, nats"),
     "clip_fraction": ("Clip fraction", "share of tokens whose ratio was clipped"),
     "approx_kl": ("Approximate KL", "from the policy that drew the samples"),
-    "grad_norm": ("Gradient norm", "before clipping"),
+    "gradient_norm": ("Gradient norm", "before clipping"),
 }
 """Metric -> (title, what it says). Other metrics of a log, such as timings, are not drawn."""
 
@@ -85,7 +85,7 @@ def _points(records: Sequence[Mapping[str, float]], metric: str) -> np.ndarray:
 
 
 def _draw(metric: str, title: str, lines: list[tuple[int, str, np.ndarray]], steps: tuple[float, float]) -> Markup:
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": metric,
         "font.size": 9,
@@ -100,10 +100,10 @@ def _draw(metric: str, title: str, lines: list[tuple[int, str, np.ndarray]], ste
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with matplotlib.rc_context(style):
+    with rc_context(style):
         figure = Figure(figsize=(3.6, 2.2))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.16, 0.2, 0.81, 0.75))  # the same place in every panel, so that steps line up
+        axes = figure.add_axes((0.16, 0.19, 0.81, 0.72))  # the same place in every panel, so that steps line up
         for i, _, points in lines:
             step, value = points.T
             window = max(1, len(value) // 20)
@@ -134,7 +134,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _inline(svg: str, prefix: str, label: str) -> Markup:
-    """Make a stand-alone SVG fit to stand in a page: own ids, the page's colours, no style sheet, no foreign address."""
+    """Fit a stand-alone SVG into a page: own ids, the page's colours, no style sheet, no foreign address."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)

@@ -1,6 +1,6 @@
 """Carrying out recipes."""
 
-from .loop import train
 from .logging import read_metrics
+from .loop import train
 
 __all__ = ["read_metrics", "train"]

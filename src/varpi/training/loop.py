@@ -39,7 +39,13 @@ from varpi.training.state import (
 )
 
 # What a resumed run may do differently without being another run.
-FREE_TO_CHANGE = {"data.workers", "data.max_bad_fraction", "training.save_every", "training.keep", "training.max_skipped"}
+FREE_TO_CHANGE = {
+    "data.workers",
+    "data.max_bad_fraction",
+    "training.save_every",
+    "training.keep",
+    "training.max_skipped",
+}
 
 
 def train(
@@ -64,7 +70,9 @@ def train(
 def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) -> Path:
     training = recipe.training
     if training.batch_size % world.size:
-        raise VarpiError(f"training.batch_size is {training.batch_size}; it must be a multiple of {world.size} processes")
+        raise VarpiError(
+            f"training.batch_size is {training.batch_size}; it must be a multiple of {world.size} processes"
+        )
     _check_output(run, recipe, resume)
     dataset = open_dataset(
         recipe.data.source,
@@ -151,7 +159,7 @@ class Trainer:
         """`updates_per_batch` updates from batch `number` of the run; yields the metrics of each."""
         micro_batches = self._split(batch)
         rollouts: list[Any] = [None] * len(micro_batches)
-        for update in range(self.recipe.training.updates_per_batch):
+        for _ in range(self.recipe.training.updates_per_batch):
             totals: dict[str, Tensor] = {}
             self.optimizer.zero_grad()
             for i, micro in enumerate(micro_batches):
@@ -225,7 +233,10 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
     )
 
 

@@ -321,6 +321,9 @@ def _save(
     extra: Mapping[str, str] | None,
 ) -> None:
     module, kind = _known(model)
+    own = module.state_dict()
+    if state_dict is not None and set(state_dict) != set(own):
+        raise VarpiError(f"{path}: not the tensors of this {kind}: {few(sorted(set(state_dict) ^ set(own)))}")
     description = {
         "format": FORMAT,
         "kind": kind,
@@ -328,5 +331,5 @@ def _save(
         "config": dataclasses.asdict(module.config),
     }
     metadata = {"format": "pt", **(extra or {}), "varpi": json.dumps(description)}
-    tensors = _tensors(module.state_dict() if state_dict is None else state_dict)
+    tensors = _tensors(own if state_dict is None else state_dict)
     write_aside(path, _size(tensors), lambda aside: save_file(tensors, aside, metadata=metadata))

@@ -44,4 +44,4 @@ def load_perceptual(name: str, weights: str | None, device: str) -> Perceptual:
     """
     if name == "digits":
         return ConvFeatures(load_classifier(embedded("digits", "features"))).to(device)
-    return LPIPS(name.removeprefix("lpips-"), weights).to(device, memory_format=torch.channels_last)
+    return LPIPS(name.removeprefix("lpips-"), weights).to(device).to(memory_format=torch.channels_last)

@@ -189,7 +189,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) ([\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if found:
             raise VarpiError(
                 f"{path}: holds {found[1]}, not only plain tensors, and is refused, for loading it could run code; "

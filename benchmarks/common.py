@@ -1,0 +1,114 @@
+"""What the benchmarks share: models with random weights, counted and measured work, and where it was measured."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from varpi.errors import VarpiError
+from varpi.generators import LlamaGen, LlamaGenConfig
+from varpi.weights.names import generator_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def class_conditional(architecture: str, image_size: int) -> LlamaGenConfig:
+    """The configuration of a named class-conditional generator for images of VQ-16."""
+    if image_size % 16:
+        raise VarpiError(f"--image-size is {image_size}; VQ-16 needs a multiple of 16")
+    config = generator_config(architecture, image_size // 16)
+    if config.conditioning != "class":
+        raise VarpiError(f"--architecture is {architecture}; the benchmarks know the class-conditional ones")
+    return config
+
+
+def random_generator(config: LlamaGenConfig, device: str) -> LlamaGen:
+    """A fresh generator. Its output layer, all zeros at the start of a training, gets weights like the others'."""
+    with torch.device(device):
+        generator = LlamaGen(config)
+    nn.init.normal_(generator.output.weight, std=0.02)
+    return generator
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a module-level function where nothing has been allocated yet, so that its peaks are its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def count_tflop(function: Callable[[], object]) -> float:
+    """Operations of matrix products, convolutions and attention, two per multiply-add; attention is a full square."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+def matmul_tflops(device: str, dtype: str) -> float:
+    """The rate this machine reaches on a large square matrix product, TFLOP/s: the best of five tries."""
+    size = 8192 if device.startswith("cuda") else 2048
+    left, right = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    products = 20 if device.startswith("cuda") else 1
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        synchronize(device)
+        begun = time.perf_counter()
+        for _ in range(products):
+            left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return products * 2 * size**3 / min(seconds[1:]) / 1e12
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: str) -> None:
+    """Start a new measurement of the peak memory. Linux lets a process reset its own; elsewhere it only ever grows."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: str) -> float:
+    """Peak since the last reset: tensors on the accelerator, or this whole process's resident memory on the CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a measured number depends on besides the code, and the commit of the code."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or None,
+    }
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,285 @@
+"""One VA-π step, timed and weighed stage by stage, beside the naive step that it replaces. Random weights.
+
+The shipped step (varpi.methods.va_pi under varpi.training's own Trainer) sends each image through the transformer once
+and draws its G samples from that pass. The naive one, as in the released code, samples from one pass and then sends
+each image G times through a forward and a backward pass. Both run here, one after the other, each in a fresh process;
+everything but the transformer's part is the same code. Data loading and several processes are left out.
+
+    python benchmarks/step.py --architecture llamagen-c2i-b --image-size 256 --images 2 --small-vq --perceptual-weight 0
+    python benchmarks/step.py --architecture llamagen-c2i-xxl --image-size 384 --images 128 --micro-batch 32 --device cuda
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    class_conditional,
+    count_tflop,
+    in_fresh_process,
+    machine,
+    matmul_tflops,
+    peak_gib,
+    random_generator,
+    reset_peak,
+    synchronize,
+    write_json,
+)
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torchvision.models import vgg16
+
+from varpi import objective
+from varpi.data import Batch
+from varpi.errors import VarpiError
+from varpi.generators import LlamaGen
+from varpi.methods import Outcome
+from varpi.methods.va_pi import Rollout, VaPi
+from varpi.recipe import Recipe, parse_recipe
+from varpi.stages import Stages
+from varpi.tokenizers import VQ, VQConfig
+from varpi.training.distributed import World
+from varpi.training.loop import Trainer, make_optimizer
+from varpi.training.state import Progress
+from varpi.weights.classifier import load_perceptual
+
+LABELS = {
+    "encode": "encode",
+    "transformer": "transformer forward",
+    "sample": "sampling",
+    "reward": "decode + reward",
+    "loss": "loss",
+    "backward": "backward",
+    "optimizer": "optimizer",
+}
+
+
+class Naive(VaPi):
+    """The released code's step: one pass to sample from, then G copies of each image through the transformer."""
+
+    def loss(self, batch: Batch, step: int, rollout: Rollout | None = None) -> Outcome:
+        settings, copies = self.settings, self.settings.group_size
+        targets, context, condition = self._teach(batch, step)
+        with self.stages("transformer"), torch.no_grad():
+            self.model.eval()
+            logits = self._logits(self.model, context, condition)
+        samples = self._sample(logits, batch, step, context, condition)
+        rewards = self._rewards(samples, batch.images)
+        advantages = objective.group_advantages(rewards.total, clip=settings.advantage_clip)
+        with self.stages("loss"), torch.no_grad():
+            old = objective.token_log_probs(logits, samples).flatten(0, 1)
+        with self.stages("transformer"):
+            self.model.train(settings.policy_mode == "train")
+            context, condition = context.repeat_interleave(copies, 0), condition.repeat_interleave(copies, 0)
+            logits = self._logits(self.model, context, condition)
+        with self.stages("loss"):
+            tokens = torch.stack([samples.flatten(0, 1), targets.repeat_interleave(copies, 0)], dim=1)
+            log_probs = objective.token_log_probs(logits, tokens)
+            policy, metrics = objective.policy_loss(
+                log_probs[:, :1], old[:, None], advantages.flatten()[:, None], clip_range=settings.clip_range
+            )
+            loss = policy - settings.prior_weight * log_probs[:, 1].mean()
+        return Outcome(loss, metrics)
+
+
+class Meter(Stages):
+    """Stages that also note the peak memory of each, and of what lies between them."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.device = device
+        self.peaks: dict[str, float] = defaultdict(float)
+        reset_peak(device)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._note("between")
+        with super().__call__(name):
+            yield
+        self._note(name)
+
+    def _note(self, name: str) -> None:
+        self.peaks[name] = max(self.peaks[name], peak_gib(self.device))
+        reset_peak(self.device)
+
+
+def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds and peak GiB by stage, of steps after the first, which warms up."""
+    torch.manual_seed(0)
+    device = options.device
+    config = class_conditional(options.architecture, options.image_size)
+    recipe = _recipe(options, 1 if kind is VaPi else options.group_size)
+    tokenizer, perceptual = _frozen(options, device)
+    generator = random_generator(config, device)
+    method = kind(
+        generator,
+        tokenizer,
+        recipe.method,  # pyright: ignore[reportArgumentType]  (the union's VaPi, as written below)
+        precision=recipe.training.precision,
+        perceptual=perceptual,
+        device=device,
+    )
+    trainer = Trainer(recipe, method, make_optimizer(generator, recipe.optimizer), World(0, 1, device))
+    batch = Batch(
+        images=torch.rand(options.images, 3, options.image_size, options.image_size) * 2 - 1,
+        condition=torch.randint(config.num_classes, (options.images,)),
+        positions=torch.arange(options.images),
+        indices=torch.arange(options.images),
+        bad=0,
+    )
+    progress, steps = Progress(), []
+    for number in range(1 + options.repeats):
+        meter = method.stages = Meter(device) if number <= 1 else method.stages
+        synchronize(device)
+        begun = time.perf_counter()
+        (metrics,) = trainer.updates(batch, number, progress)
+        seconds = {name: metrics[f"seconds_{name}"] for name in LABELS}
+        steps.append(seconds | {"step": time.perf_counter() - begun})
+    meter._note("between")
+    return {
+        "seconds": {name: statistics.median(step[name] for step in steps[1:]) for name in (*LABELS, "step")},
+        "peak_gib": {**{name: meter.peaks[name] for name in LABELS}, "step": max(meter.peaks.values())},
+    }
+
+
+def _recipe(options: argparse.Namespace, copies: int) -> Recipe:
+    """The defaults of VA-π. `copies` of each image share a micro-batch, so both steps have equally large passes."""
+    precision = "bf16" if options.dtype == "bfloat16" else "fp32"
+    return parse_recipe(
+        {
+            "method": {
+                "name": "va_pi",
+                "group_size": options.group_size,
+                "reward": {
+                    "perceptual_weight": options.perceptual_weight,
+                    "decode_batch": options.decode_batch,
+                    "precision": precision,
+                },
+            },
+            "generator": {"source": "random"},
+            "tokenizer": {"source": "random"},
+            "data": {"source": "random", "image_size": options.image_size},
+            "optimizer": {"learning_rate": 1e-6},
+            "training": {
+                "steps": 1 + options.repeats,
+                "batch_size": options.images,
+                "micro_batch": max(1, (options.micro_batch or options.images) // copies),
+                "precision": precision,
+            },
+        }
+    )
+
+
+def _frozen(options: argparse.Namespace, device: str) -> tuple[VQ, Any]:
+    """VQ-16 and, unless its weight is 0, LPIPS on VGG16."""
+    with torch.device(device):
+        tokenizer = VQ(VQConfig(channels=32 if options.small_vq else 128)).requires_grad_(False).eval()
+    if options.channels_last:
+        tokenizer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if options.compile_decoder:
+        tokenizer.decoder.compile()
+    if options.perceptual_weight == 0:
+        return tokenizer, None
+    with torch.device("meta"):
+        shapes = {f"features.{name}": p.shape for name, p in vgg16(weights=None, init_weights=False).features.named_parameters()}
+    weights = {name: nn.init.kaiming_normal_(torch.empty(s)) if len(s) > 1 else torch.zeros(s) for name, s in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(weights, f"{folder}/vgg16.pth")
+        return tokenizer, load_perceptual("lpips-vgg", f"{folder}/vgg16.pth", device)
+
+
+def count(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """TFLOP by stage of both steps, counted from the modules themselves; the backward pass is twice the forward one."""
+    options = argparse.Namespace(**{**vars(options), "compile_decoder": False})
+    config = class_conditional(options.architecture, options.image_size)
+    tokenizer, perceptual = _frozen(options, "cpu")
+    tokenizer.to("meta")
+    with torch.device("meta"):
+        model = LlamaGen(config)
+        tokens, condition = torch.zeros(1, model.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        image = torch.zeros(1, 3, options.image_size, options.image_size)
+        forward = count_tflop(lambda: model.logits(tokens, condition))
+        encode = count_tflop(lambda: tokenizer.encode(image))
+        decode = count_tflop(lambda: tokenizer.decode(tokens))
+        features = count_tflop(lambda: perceptual.to("meta").features(image)) if perceptual is not None else 0.0
+    images, group = options.images, options.group_size
+    same = {"encode": images * encode, "reward": images * (group * decode + (group + 1) * features)}
+    shared = {**same, "transformer": images * forward, "backward": images * 2 * forward}
+    naive = {**same, "transformer": images * (1 + group) * forward, "backward": images * group * 2 * forward}
+    return {name: {**part, "step": sum(part.values())} for name, part in (("shared", shared), ("naive", naive))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="llamagen-c2i-b", help="a class-conditional LlamaGen")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--images", type=int, default=2, help="images of one step")
+    parser.add_argument("--micro-batch", type=int, help="sequences of one transformer pass; all at once by default")
+    parser.add_argument("--group-size", type=int, default=8, help="G, samples per image")
+    parser.add_argument("--repeats", type=int, default=3, help="measured steps, after one to warm up")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is autocast, the default on CUDA")
+    parser.add_argument("--decode-batch", type=int, default=16, help="sequences decoded at once")
+    parser.add_argument("--perceptual-weight", type=float, default=1.0, help="0 leaves LPIPS out")
+    parser.add_argument("--small-vq", action="store_true", help="a tokenizer of a quarter of VQ-16's width")
+    parser.add_argument("--channels-last", action="store_true", help="the tokenizer's memory format")
+    parser.add_argument("--compile-decoder", action="store_true", help="torch.compile the tokenizer's decoder")
+    parser.add_argument("--json", type=Path, help="also write what is printed here")
+    options = parser.parse_args()
+    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    try:
+        tflop = count(options)
+    except VarpiError as error:
+        parser.error(str(error))
+    rate = in_fresh_process(matmul_tflops, options.device, options.dtype)
+    results = {name: in_fresh_process(measure, kind, options) for name, kind in (("shared", VaPi), ("naive", Naive))}
+    content: dict[str, Any] = {
+        "machine": machine(options.device),
+        "settings": {name: value for name, value in vars(options).items() if name != "json"},
+        "matmul_tflops": rate,
+        **{name: {**result, "tflop": tflop[name]} for name, result in results.items()},
+        "transformer_speedup": _transformer(results["naive"]["seconds"]) / _transformer(results["shared"]["seconds"]),
+        "transformer_speedup_counted": _transformer(tflop["naive"]) / _transformer(tflop["shared"]),
+    }
+    _show(content)
+    write_json(options.json, content)
+
+
+def _transformer(stages: dict[str, float]) -> float:
+    return stages["transformer"] + stages["backward"]
+
+
+def _show(content: dict[str, Any]) -> None:
+    settings, rate = content["settings"], content["matmul_tflops"]
+    console = Console(width=110)
+    title = "{architecture}, {image_size}x{image_size}, {images} images, G = {group_size}, {dtype}".format(**settings)
+    table = Table(title=f"{title}; {content['machine']['device']}, {rate:.3g} TFLOP/s measured on a matrix product")
+    table.add_column("stage")
+    for name in ("shared", "naive"):
+        for column in (f"{name}: s", "TFLOP", "share of rate", "peak GiB"):
+            table.add_column(column, justify="right")
+    for stage in (*LABELS, "step"):
+        row = []
+        for name in ("shared", "naive"):
+            seconds, tflop = content[name]["seconds"][stage], content[name]["tflop"].get(stage)
+            share = "" if tflop is None else f"{tflop / seconds / rate:.0%}"
+            row += [f"{seconds:.3f}", "" if tflop is None else f"{tflop:.3f}", share]
+            row.append(f"{content[name]['peak_gib'][stage]:.2f}")
+        table.add_row(LABELS.get(stage, "whole step"), *row, end_section=stage == "optimizer")
+    console.print(table)
+    console.print(
+        f"transformer, forward and backward: {content['transformer_speedup']:.2f} times as fast as with every image "
+        f"repeated {settings['group_size']} times; counted {content['transformer_speedup_counted']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

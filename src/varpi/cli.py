@@ -1,0 +1,403 @@
+"""The command line: demo, train, sample, evaluate, encode, export, report, doctor."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from varpi.errors import VarpiError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it did what was asked, 2 for input that is refused."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options.run(options)
+    except VarpiError as error:
+        print(f"varpi {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"varpi {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="varpi",
+        description="Post-train autoregressive image generators so that their tokens decode into real images.",
+        epilog="`varpi COMMAND --help` explains one. Start with `varpi demo`; `varpi doctor` checks this machine.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_evaluate(commands)
+    _add_encode(commands)
+    _add_export(commands)
+    _add_report(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, short: str, long: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "the whole job on the embedded digits, in minutes on a CPU",
+        "Evaluate the embedded generator, post-train it with VA-π and, as a control, with cross-entropy alone,\n"
+        "evaluate again, and write report.html and metrics.json. Needs no network.",
+    )
+    parser.add_argument("--output", default="runs/demo", help="directory for the results (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    parser.add_argument("--samples", type=int, default=800, help="images per evaluation (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="sampling seeds per evaluation (default: %(default)s)")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from varpi.demo import demo
+
+    page = demo(Path(options.output), steps=options.steps, samples=options.samples, seeds=options.seeds)
+    print(f"wrote {page} and {page.with_name('metrics.json')}")
+
+
+def _add_train(commands: Any) -> None:
+    from varpi.recipe import shipped_recipes
+
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "carry out a recipe",
+        "Carry out a recipe: a YAML file, or one that ships with varpi:\n"
+        f"  {', '.join(shipped_recipes())}\n\n"
+        "Under torchrun the model is sharded over all processes:\n"
+        "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=imagenet/train",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--output", help="run directory (default: runs/ and the recipe's name)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="change a value of the recipe, for instance --set optimizer.learning_rate=2e-6; may be repeated",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in the run directory"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    parser.add_argument("--print-recipe", action="store_true", help="print the complete recipe and stop")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from varpi.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.settings)
+    if options.print_recipe:
+        print(recipe.to_yaml(), end="")
+        return
+    from varpi.training import train
+
+    run = train(
+        recipe,
+        options.output or Path("runs", Path(options.recipe).stem),
+        resume=options.resume,
+        device=options.device,
+    )
+    if (run / "model.safetensors").is_file():
+        print(f"wrote {run / 'model.safetensors'}")
+
+
+def _add_pair(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "generator", metavar="GENERATOR", help="checkpoint, run directory, Hub id, or `digits` for the embedded one"
+    )
+    parser.add_argument("--tokenizer", required=True, help="checkpoint, Hub id, or `digits`")
+    parser.add_argument("--architecture", help="of a foreign generator, for instance llamagen-c2i-xxl")
+    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
+    parser.add_argument("--image-size", type=int, help="pixels per side; needed for foreign generators")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+
+
+def _load_pair(options: argparse.Namespace) -> tuple[Any, Any]:
+    from varpi.weights import check_pair, load_generator, load_tokenizer
+
+    _check_device(options.device)
+    generator = load_generator(
+        options.generator, architecture=options.architecture, image_size=options.image_size, device=options.device
+    )
+    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=options.device)
+    check_pair(generator, tokenizer)
+    return generator, tokenizer
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise VarpiError(f"--device {device}: torch finds no CUDA device on this machine")
+
+
+def _add_sample(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sample",
+        _sample,
+        "generate images",
+        "Generate images free-running. Writes OUTPUT/00000.png …, grid.png, samples.npz (ADM's layout: arr_0) and\n"
+        "sample.json with every setting.",
+    )
+    _add_pair(parser)
+    parser.add_argument("--output", required=True, help="directory for the images; must not exist or be empty")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--classes", help="class ids, separated by commas: one image each")
+    which.add_argument("--per-class", type=int, metavar="N", help="N images of every class")
+    which.add_argument("--count", type=int, metavar="N", help="N images of classes drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in flight (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: %(default)s)")
+    parser.add_argument(
+        "--guidance-interval", type=int, default=-1, metavar="K", help="guide only the first K+2 tokens"
+    )
+    parser.add_argument("--guidance-schedule", choices=("constant", "power-cosine"), default="constant")
+    parser.add_argument("--guidance-power", type=float, default=2.0, help="of power-cosine (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
+    parser.add_argument("--greedy", action="store_true", help="always the most probable token")
+    parser.add_argument(
+        "--resize", type=int, metavar="S", help="resize from 384 to 256 as the paper does; S must be 256"
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import torch
+
+    from varpi.evaluation import resize_384_to_256, save_grid, save_npz, save_png, to_uint8
+    from varpi.sampling import generate
+    from varpi.weights import sha256_of
+
+    output = _fresh_directory(options.output)
+    generator, tokenizer = _load_pair(options)
+    side = generator.grid * tokenizer.downsample
+    if options.resize is not None and (side, options.resize) != (384, 256):
+        raise VarpiError(f"--resize {options.resize}: only 384 to 256 is defined; these images are {side} pixels")
+    settings = {
+        name: getattr(options, name)
+        for name in (
+            "guidance_scale",
+            "guidance_interval",
+            "guidance_schedule",
+            "guidance_power",
+            "temperature",
+            "top_k",
+            "top_p",
+            "greedy",
+            "seed",
+            "batch_size",
+        )
+    }
+    classes = _classes(options, generator.config.num_classes)
+    tokens = generate(generator, classes, **settings, progress=sys.stderr.isatty())
+    with torch.inference_mode():
+        parts = [tokenizer.decode(part) for part in tokens.split(options.batch_size)]
+    if options.resize is not None:
+        parts = [resize_384_to_256(part) for part in parts]
+    images = to_uint8(torch.cat(parts))
+    output.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        save_png(output / f"{i:05d}.png", image)
+    save_grid(output / "grid.png", images[:100])
+    save_npz(output / "samples.npz", images)
+    record = {
+        "generator": options.generator,
+        "generator_sha256": sha256_of(path) if (path := Path(options.generator)).is_file() else None,
+        "tokenizer": options.tokenizer,
+        "resize": options.resize,
+        **settings,
+        "classes": classes.tolist(),
+    }
+    (output / "sample.json").write_text(json.dumps(record))
+    print(f"wrote {len(images)} images to {output}")
+
+
+def _classes(options: argparse.Namespace, num_classes: int) -> Any:
+    import torch
+
+    if options.classes is not None:
+        try:
+            return torch.tensor([int(part) for part in options.classes.split(",")])
+        except ValueError as error:
+            raise VarpiError(f"--classes {options.classes}: expected whole numbers separated by commas") from error
+    count = options.per_class if options.per_class is not None else options.count
+    if count < 1:
+        raise VarpiError(f"the number of images is {count}; it must be at least 1")
+    if options.per_class is not None:
+        return torch.arange(num_classes).repeat_interleave(count)
+    return torch.randint(num_classes, (count,), generator=torch.Generator().manual_seed(options.seed))
+
+
+def _fresh_directory(name: str) -> Path:
+    path = Path(name)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise VarpiError(f"{path} already holds something; choose another --output")
+    return path
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a set of digit images against real ones",
+        "Fréchet distance, precision and recall of images against held-out digits, on the embedded judge's features,\n"
+        "and, when classes are known, the judge's agreement with them.",
+    )
+    parser.add_argument(
+        "samples", metavar="SAMPLES", help="a directory of `varpi sample`, a folder of images, or an .npz"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="real digits (default: test)")
+    parser.add_argument("--json", metavar="PATH", help="also write the numbers to this file")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from varpi.evaluation.embedded import evaluate_files
+
+    numbers = evaluate_files(Path(options.samples), options.split)
+    for name, value in numbers.items():
+        print(f"{name:>20}  {value}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def _add_encode(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "encode",
+        _encode,
+        "turn images into tokens",
+        "Encode every image of a data source. Writes a safetensors file: tokens int32 (images, N) and classes int64.",
+    )
+    parser.add_argument(
+        "data", metavar="DATA", help="folder of class folders, HF dataset, parquet, Hub id, or `digits`"
+    )
+    parser.add_argument("--tokenizer", required=True, help="checkpoint, Hub id, or `digits`")
+    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
+    parser.add_argument("--image-size", type=int, required=True, help="pixels per side")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--output", required=True, help="the safetensors file to write")
+
+
+def _encode(options: argparse.Namespace) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from varpi.data import BadImage, open_dataset
+    from varpi.weights import load_tokenizer, write_aside
+
+    _check_device(options.device)
+    if Path(options.output).exists():
+        raise VarpiError(f"{options.output} already exists; choose another --output")
+    dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
+    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=options.device)
+    tokens, classes, indices = [], [], []
+    for start in range(0, len(dataset), options.batch_size):
+        images = []
+        for index in range(start, min(start + options.batch_size, len(dataset))):
+            try:
+                item = dataset[index]
+            except BadImage as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            images.append(item.image)
+            classes.append(item.condition)
+            indices.append(index)
+        if images:
+            tokens.append(tokenizer.encode(torch.stack(images).to(options.device)).int().cpu())
+    if not tokens:
+        raise VarpiError(f"{options.data}: none of its {len(dataset)} images could be read")
+    tensors = {"tokens": torch.cat(tokens), "classes": torch.tensor(classes), "indices": torch.tensor(indices)}
+    metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_aside(options.output, size, lambda aside: save_file(tensors, aside, metadata=metadata))
+    print(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "write a checkpoint that LlamaGen's own code loads",
+        "Write a generator or tokenizer under the names of LlamaGen's released files: a plain dictionary of tensors\n"
+        "(torch.save), or safetensors when the output's name ends so.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, file, or `digits`")
+    parser.add_argument("--output", required=True, help="the file to write (.pt, .pth or .safetensors)")
+    parser.add_argument("--tokenizer", action="store_true", help="the checkpoint is a tokenizer")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from varpi.weights import export_original, load_generator, load_tokenizer
+
+    if Path(options.output).exists():
+        raise VarpiError(f"{options.output} already exists; choose another --output")
+    model = load_tokenizer(options.checkpoint) if options.tokenizer else load_generator(options.checkpoint)
+    export_original(model, options.output)
+    print(f"wrote {options.output}")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        _report,
+        "write a run's page",
+        "Write RUN/report.html: learning curves, samples before and after from the same seeds, settings, cost.",
+    )
+    parser.add_argument("run_directory", metavar="RUN", help="directory of a training run")
+    parser.add_argument(
+        "--samples", type=int, default=4, help="images per class shown, 0 for none (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from varpi.pages import report_run
+
+    _check_device(options.device)
+    print(f"wrote {report_run(Path(options.run_directory), per_class=options.samples, device=options.device)}")
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(
+        commands,
+        "doctor",
+        _doctor,
+        "show versions, devices, and what can be run here",
+        "Print what is installed, the devices that torch sees, and which optional parts are present.",
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from varpi.doctor import report
+
+    for what, finding in report():
+        print(f"{what:>22}  {finding}")

@@ -1,0 +1,108 @@
+"""What the pages of runs are made of: samples and reconstructions of models, costs, and the surroundings of a run."""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import varpi
+from varpi import objective
+from varpi.data import Dataset
+from varpi.errors import VarpiError
+from varpi.evaluation import to_uint8
+from varpi.methods.pair import open_generator, open_tokenizer
+from varpi.recipe import parse_recipe, read_yaml
+from varpi.report import Reconstruction, RunReport, SampleGrid, write
+from varpi.sampling import generate
+from varpi.training import read_metrics
+from varpi.weights import load_generator
+
+
+@torch.inference_mode()
+def decode(tokenizer: Any, tokens: Tensor, batch_size: int = 100) -> Tensor:
+    """Tokens (B,N) to images (B,3,H,W), `batch_size` at a time."""
+    return torch.cat([tokenizer.decode(part) for part in tokens.split(batch_size)])
+
+
+def sample_grid(caption: str, generator: Any, tokenizer: Any, classes: Tensor, seed: int) -> SampleGrid:
+    """Free-running samples, one per class id; the same seed gives the same random numbers to every model."""
+    tokens = generate(generator, classes, seed=seed)
+    return SampleGrid(caption, to_uint8(decode(tokenizer, tokens)), classes.tolist())
+
+
+@torch.inference_mode()
+def reconstructions(
+    base: Any, tuned: Any, tokenizer: Any, dataset: Dataset, indices: Sequence[int]
+) -> list[Reconstruction]:
+    """Held-out images through the tokenizer, and sampled by both models under teacher forcing from the same numbers."""
+    items = [dataset[index] for index in indices]
+    device = next(iter(tokenizer.parameters())).device
+    images = torch.stack([item.image for item in items]).to(device)
+    tokens = tokenizer.encode(images)
+    condition = base.prepare_condition([item.condition for item in items])
+    draws = objective.uniforms(0, 0, range(len(items)), (1, tokens.shape[1]), stream=0, device=str(device))
+    rows = [images, tokenizer.decode(tokens)]
+    for generator in (base, tuned):
+        samples = objective.sample_tokens(generator.eval().logits(tokens, condition), 1, uniforms=draws)
+        rows.append(tokenizer.decode(samples[:, 0]))
+    return [Reconstruction(*pictures) for pictures in zip(*(to_uint8(row) for row in rows), strict=True)]
+
+
+def costs(run: Path) -> dict[str, str | float]:
+    """What a run took, from its log."""
+    rows = [row for row in read_metrics(run) if "loss" in row]
+    if not rows:
+        raise VarpiError(f"{run}: its log holds no training step")
+    return {
+        "steps": len(rows),
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
+        "seconds per step": round(sum(row["seconds"] for row in rows) / len(rows), 3),
+        "peak memory, GiB": round(max(row["peak_memory_gib"] for row in rows), 2),
+        "updates skipped": int(rows[-1]["skipped"]),
+    }
+
+
+def environment() -> dict[str, str]:
+    return {
+        "varpi": varpi.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    }
+
+
+def report_run(run: Path, *, per_class: int, device: str) -> Path:
+    """Write RUN/report.html for a training run; returns its path.
+
+    With `per_class` > 0, samples of the generator before and after, of ten classes at most.
+    """
+    rows = read_metrics(run)
+    recipe = parse_recipe(read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml"))
+    grids = []
+    model = run / "model.safetensors"
+    if per_class > 0 and recipe.generator is not None and recipe.tokenizer is not None and model.is_file():
+        tokenizer = open_tokenizer(recipe.tokenizer, device)
+        tuned = load_generator(model, device=device)
+        classes = torch.arange(min(10, tuned.config.num_classes)).repeat(per_class)
+        if recipe.generator.source is not None:
+            base = open_generator(recipe.generator, recipe.data.image_size, device)
+            grids.append(sample_grid("before", base, tokenizer, classes, seed=0))
+            del base
+        grids.append(sample_grid("after", tuned, tokenizer, classes, seed=0))
+    page = RunReport(
+        title=f"{recipe.method.name} · {run.name}",
+        paragraph=f"{costs(run)['steps']} updates of {recipe.training.batch_size} images of {recipe.data.source} by "
+        f"the method {recipe.method.name}. Samples are free-running, without guidance, from the same seeds.",
+        command=f"varpi report {run}",
+        samples=grids,
+        curves={run.name: rows},
+        environment=environment(),
+        recipe=recipe.to_yaml(),
+        costs={run.name: costs(run)},
+    )
+    write(run / "report.html", page)
+    return run / "report.html"
