@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vgg16
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig
+from varpi.objective import Perceptual
+from varpi.weights.classifier import load_perceptual
 from varpi.weights.names import generator_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +44,19 @@ def random_generator(config: LlamaGenConfig, device: str) -> LlamaGen:
         generator = LlamaGen(config)
     nn.init.normal_(generator.output.weight, std=0.02)
     return generator
+
+
+def random_lpips(device: str) -> Perceptual:
+    """LPIPS as the recipes load it, on a VGG16 with random weights."""
+    with torch.device("meta"):
+        trunk = vgg16(weights=None, init_weights=False).features
+    weights = {f"features.{name}": torch.zeros(parameter.shape) for name, parameter in trunk.named_parameters()}
+    for weight in weights.values():
+        if weight.ndim > 1:
+            nn.init.kaiming_normal_(weight)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(weights, f"{folder}/vgg16.pth")
+        return load_perceptual("lpips-vgg", f"{folder}/vgg16.pth", device)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -65,7 +82,7 @@ def matmul_tflops(device: str, dtype: str) -> float:
         synchronize(device)
         begun = time.perf_counter()
         for _ in range(products):
-            left @ right
+            torch.matmul(left, right)
         synchronize(device)
         seconds.append(time.perf_counter() - begun)
     return products * 2 * size**3 / min(seconds[1:]) / 1e12

@@ -5,13 +5,12 @@ and draws its G samples from that pass. The naive one, as in the released code, 
 each image G times through a forward and a backward pass. Both run here, one after the other, each in a fresh process;
 everything but the transformer's part is the same code. Data loading and several processes are left out.
 
-    python benchmarks/step.py --architecture llamagen-c2i-b --image-size 256 --images 2 --small-vq --perceptual-weight 0
-    python benchmarks/step.py --architecture llamagen-c2i-xxl --image-size 384 --images 128 --micro-batch 32 --device cuda
+    python benchmarks/step.py --small-vq --perceptual-weight 0          # GPT-B, 256x256, mostly the transformer
+    python benchmarks/step.py --architecture llamagen-c2i-xxl --image-size 384 --images 128 --device cuda
 """
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,14 +27,13 @@ from common import (
     matmul_tflops,
     peak_gib,
     random_generator,
+    random_lpips,
     reset_peak,
     synchronize,
     write_json,
 )
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torchvision.models import vgg16
 
 from varpi import objective
 from varpi.data import Batch
@@ -49,11 +47,10 @@ from varpi.tokenizers import VQ, VQConfig
 from varpi.training.distributed import World
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
-from varpi.weights.classifier import load_perceptual
 
-LABELS = {
+STAGES = {
     "encode": "encode",
-    "transformer": "transformer forward",
+    "transformer": "forward",
     "sample": "sampling",
     "reward": "decode + reward",
     "loss": "loss",
@@ -101,12 +98,12 @@ class Meter(Stages):
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._note("between")
+        self.note("between")
         with super().__call__(name):
             yield
-        self._note(name)
+        self.note(name)
 
-    def _note(self, name: str) -> None:
+    def note(self, name: str) -> None:
         self.peaks[name] = max(self.peaks[name], peak_gib(self.device))
         reset_peak(self.device)
 
@@ -135,18 +132,21 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
         indices=torch.arange(options.images),
         bad=0,
     )
-    progress, steps = Progress(), []
-    for number in range(1 + options.repeats):
-        meter = method.stages = Meter(device) if number <= 1 else method.stages
+    progress = Progress()
+
+    def step(number: int) -> dict[str, float]:
         synchronize(device)
         begun = time.perf_counter()
         (metrics,) = trainer.updates(batch, number, progress)
-        seconds = {name: metrics[f"seconds_{name}"] for name in LABELS}
-        steps.append(seconds | {"step": time.perf_counter() - begun})
-    meter._note("between")
+        return {"step": time.perf_counter() - begun} | {name: metrics[f"seconds_{name}"] for name in STAGES}
+
+    step(0)
+    meter = method.stages = Meter(device)
+    steps = [step(number) for number in range(1, 1 + options.repeats)]
+    meter.note("between")
     return {
-        "seconds": {name: statistics.median(step[name] for step in steps[1:]) for name in (*LABELS, "step")},
-        "peak_gib": {**{name: meter.peaks[name] for name in LABELS}, "step": max(meter.peaks.values())},
+        "seconds": {name: statistics.median(step[name] for step in steps[1:]) for name in (*STAGES, "step")},
+        "peak_gib": {**{name: meter.peaks[name] for name in STAGES}, "step": max(meter.peaks.values())},
     }
 
 
@@ -186,14 +186,7 @@ def _frozen(options: argparse.Namespace, device: str) -> tuple[VQ, Any]:
         tokenizer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if options.compile_decoder:
         tokenizer.decoder.compile()
-    if options.perceptual_weight == 0:
-        return tokenizer, None
-    with torch.device("meta"):
-        shapes = {f"features.{name}": p.shape for name, p in vgg16(weights=None, init_weights=False).features.named_parameters()}
-    weights = {name: nn.init.kaiming_normal_(torch.empty(s)) if len(s) > 1 else torch.zeros(s) for name, s in shapes.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(weights, f"{folder}/vgg16.pth")
-        return tokenizer, load_perceptual("lpips-vgg", f"{folder}/vgg16.pth", device)
+    return tokenizer, random_lpips(device) if options.perceptual_weight > 0 else None
 
 
 def count(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -259,21 +252,20 @@ def _transformer(stages: dict[str, float]) -> float:
 
 def _show(content: dict[str, Any]) -> None:
     settings, rate = content["settings"], content["matmul_tflops"]
-    console = Console(width=110)
+    console = Console(width=120)
     title = "{architecture}, {image_size}x{image_size}, {images} images, G = {group_size}, {dtype}".format(**settings)
     table = Table(title=f"{title}; {content['machine']['device']}, {rate:.3g} TFLOP/s measured on a matrix product")
     table.add_column("stage")
     for name in ("shared", "naive"):
         for column in (f"{name}: s", "TFLOP", "share of rate", "peak GiB"):
             table.add_column(column, justify="right")
-    for stage in (*LABELS, "step"):
+    for stage in (*STAGES, "step"):
         row = []
-        for name in ("shared", "naive"):
-            seconds, tflop = content[name]["seconds"][stage], content[name]["tflop"].get(stage)
-            share = "" if tflop is None else f"{tflop / seconds / rate:.0%}"
-            row += [f"{seconds:.3f}", "" if tflop is None else f"{tflop:.3f}", share]
-            row.append(f"{content[name]['peak_gib'][stage]:.2f}")
-        table.add_row(LABELS.get(stage, "whole step"), *row, end_section=stage == "optimizer")
+        for result in (content["shared"], content["naive"]):
+            seconds, tflop = result["seconds"][stage], result["tflop"].get(stage)
+            counted = ["", ""] if tflop is None else [f"{tflop:.3f}", f"{tflop / seconds / rate:.0%}"]
+            row += [f"{seconds:.3f}", *counted, f"{result['peak_gib'][stage]:.2f}"]
+        table.add_row(STAGES.get(stage, "whole step"), *row, end_section=stage == "optimizer")
     console.print(table)
     console.print(
         f"transformer, forward and backward: {content['transformer_speedup']:.2f} times as fast as with every image "

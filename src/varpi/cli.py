@@ -310,7 +310,8 @@ def _encode(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from varpi.data import BadImage, open_dataset
-    from varpi.weights import load_tokenizer, write_aside
+    from varpi.files import write_aside
+    from varpi.weights import load_tokenizer
 
     _check_device(options.device)
     if Path(options.output).exists():
@@ -335,8 +336,7 @@ def _encode(options: argparse.Namespace) -> None:
         raise VarpiError(f"{options.data}: none of its {len(dataset)} images could be read")
     tensors = {"tokens": torch.cat(tokens), "classes": torch.tensor(classes), "indices": torch.tensor(indices)}
     metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    write_aside(options.output, size, lambda aside: save_file(tensors, aside, metadata=metadata))
+    write_aside(options.output, lambda aside: save_file(tensors, aside, metadata=metadata))
     print(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
 
 

@@ -95,7 +95,7 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 800, seeds: i
         samples=[
             sample_grid(labels[name][0], model, bench.tokenizer, classes, FIRST_SEED) for name, model in models.items()
         ],
-        reconstructions=reconstructions(base, models["tuned"], bench.tokenizer, bench.test, range(40, 800, 80)),
+        reconstructions=reconstructions(base, models["tuned"], bench.tokenizer, bench.test, range(0, 800, 81)),
         curves={"VA-π": read_metrics(output / "tuned"), "Cross-entropy alone": read_metrics(output / "control")},
         environment=environment(),
         recipe=recipes["tuned"].to_yaml(),

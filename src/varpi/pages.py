@@ -86,7 +86,7 @@ def report_run(run: Path, *, per_class: int, device: str) -> Path:
     model = run / "model.safetensors"
     if per_class > 0 and recipe.generator is not None and recipe.tokenizer is not None and model.is_file():
         tokenizer = open_tokenizer(recipe.tokenizer, device)
-        tuned = load_generator(model, device=device)
+        tuned: Any = load_generator(model, device=device)
         classes = torch.arange(min(10, tuned.config.num_classes)).repeat(per_class)
         if recipe.generator.source is not None:
             base = open_generator(recipe.generator, recipe.data.image_size, device)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,11 +91,11 @@ def test_grid_places_images_row_by_row(tmp_path):
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     save_npz(tmp_path / "samples.npz", pictures(2))
 
-    def full(self: Path, *args: object) -> None:
+    def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(VarpiError, match=r"samples\.npz: cannot be written \(No space left on device\)"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(VarpiError, match=r"samples\.npz: could not be written \(.*No space left on device\)"):
         save_npz(tmp_path / "samples.npz", pictures(3))
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
     assert len(read_npz(tmp_path / "samples.npz")) == 2

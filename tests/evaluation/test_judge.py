@@ -1,12 +1,18 @@
 """The judge and the measures of the embedded digits, on networks with random weights."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from varpi.data import open_dataset
 from varpi.errors import VarpiError
-from varpi.evaluation import embed, from_uint8, load_judge, measure, summarize, to_uint8
+from varpi.evaluation import embed, from_uint8, load_judge, measure, save_npz, save_png, summarize, to_uint8
+from varpi.evaluation.embedded import evaluate_files
 from varpi.objective.features import SmallConvNet
+from varpi.weights import embedded
+from varpi.weights.classifier import load_classifier, save_classifier
 
 
 @pytest.fixture
@@ -93,21 +99,43 @@ def test_summarize_refuses_different_metrics():
         summarize([{"recall": 0.5}, {"precision": 0.5}])
 
 
-def test_load_judge_reads_its_sizes_off_the_file(judge, tmp_path):
-    save_file(judge.state_dict(), tmp_path / "judge.safetensors")
-    loaded = load_judge(tmp_path / "judge.safetensors")
+def test_classifier_round_trip(judge, tmp_path):
+    path = tmp_path / "judge.safetensors"
+    save_classifier(judge, path, judge.state_dict(), {"recipe": "none"})
+    loaded = load_classifier(path)
     assert loaded.channels == (8, 16)
     assert torch.equal(embed(loaded, (x := images()))[0], embed(judge, x)[0])
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_load_judge_refuses_other_files(tmp_path):
-    with pytest.raises(VarpiError, match=r"missing\.safetensors: no such file"):
-        load_judge(tmp_path / "missing.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(VarpiError, match=r"cut\.safetensors: cannot be read as safetensors"):
-        load_judge(tmp_path / "cut.safetensors")
+def test_load_classifier_refuses_other_files(tmp_path):
+    with pytest.raises(VarpiError, match=r"missing\.safetensors"):
+        load_classifier(tmp_path / "missing.safetensors")
     save_file({"other.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(VarpiError, match=r"other\.safetensors: does not hold a SmallConvNet"):
-        load_judge(tmp_path / "other.safetensors")
+    with pytest.raises(VarpiError, match=r"other\.safetensors: holds no classifier"):
+        load_classifier(tmp_path / "other.safetensors")
+
+
+def test_judge_and_reward_are_different_networks():
+    judge = load_judge()
+    reward = load_classifier(embedded("digits", "features"))
+    assert judge.channels != reward.channels
+    digits = open_dataset("digits", image_size=32, split="test")
+    real = torch.stack([digits[i].image for i in range(200)])
+    classes = torch.tensor([digits[i].condition for i in range(200)])
+    assert (embed(judge, real)[1] == classes).float().mean() > 0.95
+
+
+def test_evaluate_files_reads_all_three_forms(tmp_path):
+    digits = open_dataset("digits", image_size=32, split="validation")
+    real = to_uint8(torch.stack([digits[i].image for i in range(200)]))
+    folder, sampled = tmp_path / "folder", tmp_path / "sampled"
+    for i, image in enumerate(real):
+        save_png(folder / f"{i:05d}.png", image)
+    save_npz(sampled / "samples.npz", real)
+    (sampled / "sample.json").write_text(json.dumps({"classes": [digits[i].condition for i in range(200)]}))
+    numbers = evaluate_files(sampled)
+    assert numbers["class_agreement"] > 0.95
+    del numbers["class_agreement"]
+    assert evaluate_files(folder) == evaluate_files(sampled / "samples.npz") == numbers

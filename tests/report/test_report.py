@@ -125,7 +125,7 @@ def test_curves_of_known_metrics_only(page):
     panels = re.findall(r'<svg viewBox="[^"]+" role="img" aria-label="([^"]+)">', page)
     assert panels == [
         "Reward over training steps: VA-π",
-        "Prior loss over training steps: VA-π, Control",
+        "Cross-entropy over training steps: VA-π, Control",
     ]
     assert "var(--series-1)" in page
     assert "#0a0001" not in page
@@ -139,7 +139,7 @@ def test_a_skipped_update_leaves_the_rest_of_its_curve(report):
         {"step": 5, "cross_entropy": 0.2},
     ]
     page = render(replace(report, curves={"run": records}))
-    assert "Prior loss over training steps: run" in page
+    assert "Cross-entropy over training steps: run" in page
     assert not re.search(r"\bnan\b", page.split("Learning curves")[1].split("</section>")[0])
 
 
@@ -182,7 +182,7 @@ def test_write(report, page, tmp_path):
     write(tmp_path / "runs" / "report.html", report)
     assert (tmp_path / "runs" / "report.html").read_text(encoding="utf-8") == page
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["report.html"]
-    with pytest.raises(VarpiError, match=r"report\.html/again\.html: cannot be written"):
+    with pytest.raises(VarpiError, match=r"report\.html/again\.html: could not be written"):
         write(tmp_path / "runs" / "report.html" / "again.html", report)
 
 

@@ -3,13 +3,10 @@
 Shapes: B images of H x W pixels. Tensors are float (B,3,H,W) in [-1,1], arrays are uint8 (B,H,W,3).
 """
 
-import contextlib
 import math
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ from PIL import Image
 from torch.nn import functional
 
 from varpi.errors import VarpiError
+from varpi.files import write_aside
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -57,7 +55,7 @@ def resize_384_to_256(images: torch.Tensor) -> torch.Tensor:
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write one uint8 image (H,W,3) as PNG; its directory is made when missing."""
     _check(image[None], "image")
-    _write(Path(path), lambda file: Image.fromarray(image).save(file, format="png"))
+    write_aside(path, lambda aside: Image.fromarray(image).save(aside, format="png"))
 
 
 def save_grid(path: str | os.PathLike[str], images: np.ndarray, *, columns: int | None = None) -> None:
@@ -82,7 +80,7 @@ def make_grid(images: np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:
 def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
     """Write uint8 images (B,H,W,3) as the array `arr_0` of an `.npz` file, which the ADM evaluator reads."""
     _check(images, "images")
-    _write(Path(path), lambda file: np.savez(file, arr_0=images))
+    write_aside(path, lambda aside: _save_array(aside, images))
 
 
 def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
@@ -131,15 +129,6 @@ def _check(images: np.ndarray, name: str) -> None:
         raise VarpiError(f"{name}: expected uint8 of shape (B, H, W, 3), got {images.dtype} {images.shape}")
 
 
-def _write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Write aside and rename, so that a full disk never leaves half a file under the final name."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            save(file)
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise VarpiError(f"{path}: cannot be written ({error.strerror or error})") from error
+def _save_array(path: Path, images: np.ndarray) -> None:
+    with path.open("wb") as file:  # given a name, numpy would append .npz to it
+        np.savez(file, arr_0=images)

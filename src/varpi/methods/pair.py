@@ -41,7 +41,7 @@ def open_generator(section: GeneratorSection, image_size: int, device: str) -> A
     if section.source is None:
         if not isinstance(architecture, LlamaGenConfig):
             raise VarpiError("generator.architecture must list the fields of LlamaGenConfig to start afresh")
-        generator: nn.Module = LlamaGen(architecture).to(device)
+        generator: Any = LlamaGen(architecture).to(device)
     else:
         generator = load_generator(section.source, architecture=architecture, image_size=image_size, device=device)
     if section.dropout is not None:

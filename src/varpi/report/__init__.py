@@ -4,7 +4,6 @@ Shapes: n images of H x W pixels, uint8 (n,H,W,3).
 """
 
 import base64
-import contextlib
 import io
 import math
 import os
@@ -19,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from varpi.errors import VarpiError
+from varpi.files import write_text
 from varpi.report.curves import curve_panels, legend
 
 
@@ -143,17 +143,7 @@ def write(path: str | os.PathLike[str], report: RunReport) -> None:
 
     Raises VarpiError as `render` does, and when the file cannot be written, which leaves an older one untouched.
     """
-    path = Path(path)
-    page = render(report)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise VarpiError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_text(path, render(report))
 
 
 def _columns(table: Sequence[TableRow]) -> list[str]:

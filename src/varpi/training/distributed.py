@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from varpi.errors import VarpiError
 from varpi.generators import Generator
@@ -92,4 +93,4 @@ def shard(model: nn.Module, world: World, precision: str) -> None:
 def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients so that their total norm is at most `limit`; the norm before, a scalar."""
     norm = nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor when sharded
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
+from varpi.files import write_aside
 from varpi.generators import Generator, LlamaGen, LlamaGenConfig
 from varpi.tokenizers import VQ, Tokenizer, VQConfig
 from varpi.weights import names
-from varpi.weights.files import EMBEDDED, Source, embedded, few, read_state_dict, sha256_of, write_aside
+from varpi.weights.files import EMBEDDED, Source, embedded, few, read_state_dict, sha256_of
 
 __all__ = [
     "EMBEDDED",
@@ -33,7 +34,6 @@ __all__ = [
     "save_tokenizer",
     "sha256_of",
     "to_original",
-    "write_aside",
 ]
 
 FORMAT = 1
@@ -283,10 +283,10 @@ def export_original(model: Generator | Tokenizer, path: str | os.PathLike[str]) 
     """
     tensors = to_original(model)
     if os.fspath(path).endswith(".safetensors"):
-        write_aside(path, _size(tensors), lambda aside: save_file(tensors, aside, metadata={"format": "pt"}))
+        write_aside(path, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}), size=_size(tensors))
     else:
         content = {"model": tensors} if isinstance(model, VQ) else tensors
-        write_aside(path, _size(tensors), lambda aside: torch.save(content, aside))
+        write_aside(path, lambda aside: torch.save(content, aside), size=_size(tensors))
 
 
 _ARCHITECTURE = {LlamaGenConfig: "llamagen", VQConfig: "vq"}
@@ -332,4 +332,4 @@ def _save(
     }
     metadata = {"format": "pt", **(extra or {}), "varpi": json.dumps(description)}
     tensors = _tensors(own if state_dict is None else state_dict)
-    write_aside(path, _size(tensors), lambda aside: save_file(tensors, aside, metadata=metadata))
+    write_aside(path, lambda aside: save_file(tensors, aside, metadata=metadata), size=_size(tensors))

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varpi.errors import VarpiError
+from varpi.files import write_aside
 from varpi.objective.features import SmallConvNet
 from varpi.objective.perceptual import LPIPS, ConvFeatures, Perceptual
-from varpi.weights.files import embedded, read_state_dict, write_aside
+from varpi.weights.files import embedded, read_state_dict
 
 
 def save_classifier(
@@ -22,8 +23,7 @@ def save_classifier(
     description = {"format": 1, "kind": "classifier", "architecture": "small-conv-net", "config": config}
     metadata = {"format": "pt", **extra, "varpi": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    write_aside(path, size, lambda aside: save_file(tensors, aside, metadata=metadata))
+    write_aside(path, lambda aside: save_file(tensors, aside, metadata=metadata))
 
 
 def load_classifier(path: str | os.PathLike[str], device: str = "cpu") -> SmallConvNet:

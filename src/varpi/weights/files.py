@@ -1,16 +1,14 @@
-"""Checkpoint files: finding them, reading them without trusting them, writing them so that a failure harms nothing."""
+"""Checkpoint files: finding them, and reading them without trusting them."""
 
 import argparse
-import contextlib
 import hashlib
 import importlib.resources
 import json
 import os
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from varpi.errors import VarpiError
+from varpi.files import line
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A file, a directory, a Hub id ("org/name[@revision][:file]"), or a state dict."""
@@ -226,34 +225,6 @@ def _unwrap(content: Mapping[str, Any], where: object) -> dict[str, Tensor]:
     return tensors
 
 
-def write_aside(path: str | os.PathLike[str], size: int, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path` that then takes its place, so that `path` is old or new, never half.
-
-    size: how many bytes it will be, about.
-
-    Raises:
-        VarpiError: it cannot be written, for instance for lack of space; `path` is as before.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise VarpiError(f"{path}: is a directory; give the name of a file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise VarpiError(f"{path}: no space left on the disk ({size:,} bytes needed, {free:,} free); not written")
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise VarpiError(f"{path}: could not be written ({line(error)}); nothing was overwritten") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -263,9 +234,3 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def few(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
-
-
-def line(error: BaseException) -> str:
-    """An exception on one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

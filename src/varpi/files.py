@@ -1,0 +1,53 @@
+"""Writing files so that a failure harms nothing: aside, flushed, renamed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from varpi.errors import VarpiError
+
+
+def write_aside(path: str | os.PathLike[str], write: Callable[[Path], object], *, size: int = 0) -> None:
+    """Have `write` fill a file beside `path` that then takes its place, so that `path` is old or new, never half.
+
+    size: how many bytes it will be, about, where that is known beforehand.
+
+    Raises:
+        VarpiError: it cannot be written, for instance for lack of space; `path` is as before.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise VarpiError(f"{path}: is a directory; give the name of a file")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise VarpiError(f"{path}: no space left on the disk ({size:,} bytes needed, {free:,} free); not written")
+        aside.touch()
+        mode = aside.stat().st_mode  # what the user's umask says; safetensors would make the file private
+        write(aside)
+        aside.chmod(mode)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise VarpiError(f"{path}: could not be written ({line(error)}); nothing was overwritten") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a text file by way of `write_aside`."""
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def line(error: BaseException) -> str:
+    """An exception on one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
