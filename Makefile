@@ -31,6 +31,16 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath "$(BIN)/python"
 
+soak: env
+	$(BIN)/python tests/soak.py $(ARGS)
+
+# In this order: the generator is trained on the tokens of the tokenizer before it. Interrupted, it continues.
+embedded: env
+	for part in features judge tokenizer generator; do \
+		$(BIN)/varpi train digits-$$part --output runs/embedded/$$part --resume && \
+		cp runs/embedded/$$part/model.safetensors src/varpi/embedded/digits-$$part.safetensors || exit 1; \
+	done
+
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

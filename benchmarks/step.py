@@ -68,7 +68,7 @@ class Naive(VaPi):
         with self.stages("transformer"), torch.no_grad():
             self.model.eval()
             logits = self._logits(self.model, context, condition)
-        samples = self._sample(logits, batch, step, context, condition)
+        samples = self._sample(logits, batch, step)
         rewards = self._rewards(samples, batch.images)
         advantages = objective.group_advantages(rewards.total, clip=settings.advantage_clip)
         with self.stages("loss"), torch.no_grad():

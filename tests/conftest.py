@@ -1,8 +1,11 @@
-"""Shared fixtures: where the golden data lies, and a quiet, deterministic torch."""
+"""Shared fixtures: where the golden data lies, a pair small enough to train, and a quiet, deterministic torch."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import tiny
 import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -14,6 +17,23 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("golden fixtures are not beside this checkout (../shared)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def fill(shared: Path) -> ModuleType:
+    """The rule that makes the weights of the golden fixtures."""
+    spec = importlib.util.spec_from_file_location("fixture_fill", shared / "fixtures" / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random pair, its images and its recipes; see tiny.py. Read only."""
+    return tiny.make(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(autouse=True)

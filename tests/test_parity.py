@@ -1,7 +1,5 @@
 """Models against the golden outputs of the original implementations, their weights loaded as any foreign checkpoint."""
 
-import importlib.util
-import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from golden import config_of, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
@@ -24,36 +22,6 @@ GRADIENTS = (
     "output.weight",
     "tok_embeddings.weight",
 )
-
-
-@pytest.fixture(scope="module")
-def fill(shared: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fixture_fill", shared / "fixtures" / "fill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def golden(shared: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(shared / "fixtures" / f"{name}.safetensors", framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def config_of(metadata: dict[str, str]) -> LlamaGenConfig:
-    said = json.loads(metadata["config"])
-    return LlamaGenConfig(
-        grid=math.isqrt(said.pop("block_size")),
-        conditioning="class" if said.pop("model_type") == "c2i" else "text",
-        condition_tokens=said.pop("cls_token_num"),
-        **said,
-    )
-
-
-def original_state(model: LlamaGen | VQ, fill: ModuleType, salt: str) -> dict[str, Tensor]:
-    """A checkpoint with the original keys and shapes, filled by the fixtures' rule."""
-    return fill.fill(to_original(model), salt)
 
 
 @pytest.fixture(scope="module")

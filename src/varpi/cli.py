@@ -20,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VarpiError as error:
         print(f"varpi {options.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, or a place that may not be read or written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"varpi {options.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"varpi {options.command}: interrupted", file=sys.stderr)
         return 130
@@ -135,22 +139,19 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_pair(options: argparse.Namespace) -> tuple[Any, Any]:
+    from varpi.training.distributed import check_device
     from varpi.weights import check_pair, load_generator, load_tokenizer
 
-    _check_device(options.device)
+    check_device(options.device)
     generator = load_generator(
         options.generator, architecture=options.architecture, image_size=options.image_size, device=options.device
     )
     tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=options.device)
     check_pair(generator, tokenizer)
+    side = generator.grid * tokenizer.downsample
+    if options.image_size not in (None, side):
+        raise VarpiError(f"--image-size {options.image_size}: this pair makes images of {side} pixels")
     return generator, tokenizer
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise VarpiError(f"--device {device}: torch finds no CUDA device on this machine")
 
 
 def _add_sample(commands: Any) -> None:
@@ -311,9 +312,12 @@ def _encode(options: argparse.Namespace) -> None:
 
     from varpi.data import BadImage, open_dataset
     from varpi.files import write_aside
+    from varpi.training.distributed import check_device
     from varpi.weights import load_tokenizer
 
-    _check_device(options.device)
+    check_device(options.device)
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
     if Path(options.output).exists():
         raise VarpiError(f"{options.output} already exists; choose another --output")
     dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
@@ -381,8 +385,9 @@ def _add_report(commands: Any) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from varpi.pages import report_run
+    from varpi.training.distributed import check_device
 
-    _check_device(options.device)
+    check_device(options.device)
     print(f"wrote {report_run(Path(options.run_directory), per_class=options.samples, device=options.device)}")
 
 

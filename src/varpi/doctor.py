@@ -5,12 +5,12 @@ import importlib.util
 import os
 import platform
 import shutil
-from pathlib import Path
 
 import torch
 
 import varpi
 from varpi.errors import VarpiError
+from varpi.objective.perceptual import NETS, cached_trunk
 from varpi.weights.files import embedded
 
 PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
@@ -31,11 +31,8 @@ def report() -> list[tuple[str, str]]:
     lines.append(("bf16 on cuda", str(torch.cuda.is_bf16_supported()) if torch.cuda.is_available() else "no cuda"))
     for kind in ("generator", "tokenizer", "features", "judge"):
         lines.append((f"embedded {kind}", _embedded(kind)))
-    lines += [(f"weights for lpips-{net}", _trunk(file)) for net, file in _TRUNKS.items()]
+    lines += [(f"weights for lpips-{net}", _trunk(net)) for net in NETS]
     return lines
-
-
-_TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
 
 
 def _memory() -> str:
@@ -62,6 +59,6 @@ def _embedded(kind: str) -> str:
         return str(error)
 
 
-def _trunk(file: str) -> str:
-    path = Path(torch.hub.get_dir(), "checkpoints", file)
+def _trunk(net: str) -> str:
+    path = cached_trunk(net)
     return str(path) if path.is_file() else f"not at {path}: downloaded at first use, or put it there"

@@ -24,11 +24,19 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _name_or_fields(value: Any) -> Any:
+    if not isinstance(value, str | dict):
+        raise ValueError("must be a name or a mapping of fields")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_whole_number)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[Int, Field(ge=1)]
 Weight = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+Architecture = Annotated[str | dict[str, Any], BeforeValidator(_name_or_fields)]
 
 
 class Section(BaseModel):
@@ -40,7 +48,7 @@ class Section(BaseModel):
 class GeneratorSection(Section):
     source: str | None = None
     """Checkpoint file, directory, Hub id or embedded name; none: freshly initialized from `architecture`."""
-    architecture: str | dict[str, Any] | None = None
+    architecture: Architecture | None = None
     """A name such as llamagen-c2i-xxl, or the fields of LlamaGenConfig; none: what the checkpoint says."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] | None = None
     """Replaces the checkpoint's dropout rate."""
@@ -49,7 +57,7 @@ class GeneratorSection(Section):
 class TokenizerSection(Section):
     source: str | None = None
     """Checkpoint file, directory, Hub id or embedded name; none: freshly initialized from `architecture`."""
-    architecture: str | dict[str, Any] | None = None
+    architecture: Architecture | None = None
     """A name such as vq-16, or the fields of VQConfig; none: what the checkpoint says."""
 
 
@@ -69,7 +77,7 @@ class DataSection(Section):
 
 
 class Reward(Section):
-    """Paper Eq. 6-7: minus the weighted sum of pixel and perceptual distances. A weight of 0 computes nothing."""
+    """Paper Eq. 10: minus the weighted sum of pixel and perceptual distances. A weight of 0 computes nothing."""
 
     mse_weight: Weight = 1.0
     """Mean squared error over channels and pixels, images in [-1,1]."""
@@ -113,7 +121,7 @@ class VaPi(Section):
     context_noise: Share = 0.0
     """ξ, probability that a context token is replaced (Eq. 28)."""
     prior: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """What holds the generator to its data: cross-entropy of the true tokens, or KL to a frozen copy (Table 4)."""
+    """What holds the generator to its data: cross-entropy of true tokens (Eq. 9), or KL to a frozen copy (Fig. 4)."""
     prior_weight: Weight = 0.1
     """β (Eq. 11); 0 leaves the prior out, and with it the frozen copy."""
     clip_range: Annotated[Float, Field(gt=0, lt=1)] = 0.2
@@ -172,7 +180,7 @@ class Optimizer(Section):
 
     learning_rate: Annotated[Float, Field(gt=0)]
     weight_decay: Weight = 1e-4
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     gradient_clip: Annotated[Float, Field(gt=0)] = 1.0
     """Largest norm of the whole gradient."""
@@ -188,7 +196,7 @@ class Training(Section):
     batch_size: Count
     """Images per update, over all processes."""
     micro_batch: Count | None = None
-    """Images per forward pass in a process; none: its whole share at once. Changes no number but rounding."""
+    """Images per forward pass in a process; none: its whole share at once. Changes rounding and dropout's masks."""
     updates_per_batch: Count = 1
     """Optimizer updates made from one batch of rollouts."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -266,6 +274,10 @@ class Recipe(Section):
                     raise ValueError(f"{name}.source is missing: va_pi post-trains a pretrained pair")
         elif self.training.updates_per_batch > 1:
             raise ValueError(f"training.updates_per_batch is for va_pi; {self.method.name} has no rollouts to reuse")
+        if self.validation is not None and self.validation.every % self.training.updates_per_batch:
+            raise ValueError(
+                f"validation.every is {self.validation.every}; it must be a multiple of training.updates_per_batch"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -350,6 +362,8 @@ def _explain(problem: Any) -> str:
         return f"{key}{'.name' if key == 'method' else ''} is missing"
     if problem["type"] == "union_tag_invalid":
         return f"method.name is {problem['ctx']['tag']!r}; it must be one of {problem['ctx']['expected_tags']}"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is {problem['input']!r:.80}; it must be a section of keys and values"
     message = problem["msg"].removeprefix("Value error, ")
     if not key:
         return message

@@ -59,7 +59,7 @@ def test_page_asks_for_nothing_from_elsewhere(page):
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link (?!rel=\"icon\" href=\"data:,\")", text)
     assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', page))
     assert all(target.startswith(("#", "data:")) for target in re.findall(r'\bhref="([^"]*)', page))
-    assert set(re.findall(r"url\(([^)]{1,4})", page)) <= {"#rew", "#pri"}
+    assert set(re.findall(r"url\(([^)]{1,4})", page)) <= {"#rew", "#cro"}
     assert page.count("<style") == 1  # a curve's own style sheet would apply to the whole page
 
 

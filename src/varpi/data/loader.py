@@ -121,7 +121,7 @@ class Batches:
         # multiprocessing, which skips that, its own finalizers.
         reference = weakref.ref(stream)
         atexit.register(_close, reference)
-        Finalize(None, _close, (reference,), exitpriority=0)
+        Finalize(None, _close, (reference,), exitpriority=20)  # before the queues close, at 10
         return stream
 
     def _prefetched(self, step: int) -> Generator[Batch, None, None]:

@@ -20,7 +20,7 @@ class Outcome:
     loss: Tensor
     """Scalar, the mean over the micro-batch's images."""
     metrics: dict[str, Tensor]
-    """Scalars to log, means over the micro-batch's images; names ending in _max are maxima."""
+    """Scalars to log, means over the micro-batch's images."""
     rollout: Any = None
     """Handed back with the same micro-batch when more than one update is made from it."""
 

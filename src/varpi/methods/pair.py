@@ -30,8 +30,11 @@ def load_pair(recipe: Recipe, dataset: Dataset, device: str) -> tuple[Generator,
             f"data.image_size is {size}, but a {generator.grid}x{generator.grid} grid of tokens decodes to "
             f"{generator.grid * tokenizer.downsample} pixels with this tokenizer (down-sampling {tokenizer.downsample})"
         )
-    if dataset.num_classes is not None:
-        generator.prepare_condition([dataset.num_classes - 1])  # refuses more classes than the generator knows
+    if dataset.num_classes is not None and dataset.num_classes > generator.config.num_classes:
+        raise VarpiError(
+            f"data.source has {dataset.num_classes} classes, but the generator knows {generator.config.num_classes}"
+        )
+    generator.prepare_condition([0])  # refuses a generator that is conditioned on something else than classes
     generator.gradient_checkpointing = recipe.training.gradient_checkpointing
     return generator, tokenizer
 

@@ -46,6 +46,8 @@ class Rollout:
     """Float32 (B,G,N), of the samples when they were drawn."""
     advantages: Tensor
     """Float32 (B,G)."""
+    reference_log_probs: Tensor | None = None
+    """Float32 (B,G,N), of the samples under the frozen reference; with the KL prior only."""
 
 
 class VaPi:
@@ -78,6 +80,7 @@ class VaPi:
         """Paper Eq. 9-11 for B images. The first call of a batch samples; later ones reuse its rollout."""
         settings, metrics = self.settings, {}
         first = rollout is None
+        reference_log_probs = None
         if rollout is None:
             targets, context, condition = self._teach(batch, step)
         else:
@@ -86,12 +89,20 @@ class VaPi:
         with self.stages("transformer"):
             self.model.train(settings.policy_mode == "train")
             logits = self._logits(self.model, context, condition)
+        behaviour = logits.detach()
         if rollout is None:
-            samples = self._sample(logits, batch, step, context, condition)
+            if settings.compat.rollout_in_eval:
+                behaviour = self._logits_in_eval(context, condition)
+            samples = self._sample(behaviour, batch, step)
             rewards = self._rewards(samples, batch.images)
             advantages = objective.group_advantages(rewards.total, clip=settings.advantage_clip)
             metrics = {"reward_mean": rewards.total.mean(), "reward_std": rewards.total.std(dim=1).mean()}
             metrics |= {name: part.mean() for name, part in rewards.parts.items()}
+            if self.reference is not None:
+                with self.stages("transformer"), torch.no_grad():
+                    reference_logits = self._logits(self.reference, context, condition)
+                    reference_log_probs = objective.token_log_probs(reference_logits, samples)
+                    del reference_logits
         else:
             samples, advantages = rollout.samples, rollout.advantages
 
@@ -99,8 +110,10 @@ class VaPi:
             log_probs = objective.token_log_probs(logits, torch.cat([samples, targets[:, None]], dim=1))
             log_probs, true_log_probs = log_probs[:, :-1], log_probs[:, -1]
             if rollout is None:
-                old = self._behaviour_log_probs(log_probs, samples, context, condition)
-                rollout = Rollout(targets, context, condition, samples, old, advantages)
+                old = log_probs.detach()  # of this very pass, so that the first ratio is exactly 1
+                if settings.compat.rollout_in_eval:
+                    old = objective.token_log_probs(behaviour, samples)
+                rollout = Rollout(targets, context, condition, samples, old, advantages, reference_log_probs)
             policy, policy_metrics = objective.policy_loss(
                 log_probs, rollout.old_log_probs, advantages, clip_range=settings.clip_range
             )
@@ -109,7 +122,10 @@ class VaPi:
             cross_entropy = -true_log_probs.mean()
             metrics["cross_entropy"] = cross_entropy.detach()
             if settings.prior_weight > 0:
-                prior = cross_entropy if settings.prior == "cross_entropy" else self._kl(log_probs, rollout)
+                prior = cross_entropy
+                if settings.prior == "kl":
+                    assert rollout.reference_log_probs is not None
+                    prior = objective.kl_prior(log_probs, rollout.reference_log_probs)
                 loss = loss + settings.prior_weight * prior
                 metrics["prior_loss"] = prior.detach()
             if first:
@@ -147,16 +163,18 @@ class VaPi:
         with autocast(self.device, self.precision):
             return generator.logits(context, condition)
 
-    def _sample(self, logits: Tensor, batch: Batch, step: int, context: Tensor, condition: Any) -> Tensor:
-        if self.settings.compat.rollout_in_eval:
-            with self.stages("transformer"), torch.no_grad():
-                self.model.eval()
-                logits = self._logits(self.model, context, condition)
-                self.model.train()
+    def _logits_in_eval(self, context: Tensor, condition: Any) -> Tensor:
+        with self.stages("transformer"), torch.no_grad():
+            self.model.eval()
+            logits = self._logits(self.model, context, condition)
+            self.model.train()
+        return logits
+
+    def _sample(self, logits: Tensor, batch: Batch, step: int) -> Tensor:
         with self.stages("sample"):
-            shape = (self.settings.group_size, context.shape[1])
+            shape = (self.settings.group_size, logits.shape[1])
             uniforms = self._uniforms(batch, step, shape, SAMPLES)
-            return objective.sample_tokens(logits.detach(), self.settings.group_size, uniforms=uniforms)
+            return objective.sample_tokens(logits, self.settings.group_size, uniforms=uniforms)
 
     def _rewards(self, samples: Tensor, images: Tensor) -> objective.Rewards:
         reward = self.settings.reward
@@ -169,23 +187,6 @@ class VaPi:
                 perceptual=self.perceptual,
                 chunk=reward.decode_batch,
             )
-
-    def _behaviour_log_probs(self, log_probs: Tensor, samples: Tensor, context: Tensor, condition: Any) -> Tensor:
-        """Log-probabilities under the network that drew the samples: this very pass, unless compat says otherwise."""
-        if not self.settings.compat.rollout_in_eval:
-            return log_probs.detach()
-        with torch.no_grad():
-            self.model.eval()
-            old = objective.token_log_probs(self._logits(self.model, context, condition), samples)
-            self.model.train()
-        return old
-
-    def _kl(self, log_probs: Tensor, rollout: Rollout) -> Tensor:
-        assert self.reference is not None
-        with self.stages("transformer"), torch.no_grad():
-            logits = self._logits(self.reference, rollout.context, rollout.condition)
-            reference_log_probs = objective.token_log_probs(logits, rollout.samples)
-        return objective.kl_prior(log_probs, reference_log_probs)
 
     def _uniforms(self, batch: Batch, step: int, shape: tuple[int, ...], stream: int) -> Tensor:
         return objective.uniforms(self.seed, step, batch.positions, shape, stream=stream, device=self.device)

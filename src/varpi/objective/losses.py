@@ -84,7 +84,7 @@ def policy_loss(
 
 
 def prior_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the clean tokens under the noisy context: the β term of VA-π (Eq. 11).
+    """Cross-entropy of the clean tokens under the noisy context (VA-π Eq. 9): the β term of Eq. 11.
 
     Args:
         logits: (B,N,V) computed from the corrupted tokens.

@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import lpips
 import torch
 from torch import Tensor, nn
-from torchvision.models import AlexNet_Weights, VGG16_Weights
 
 from varpi.errors import VarpiError
 from varpi.objective.features import SmallConvNet
 
-_TRUNK_URLS = {
-    "vgg": VGG16_Weights.IMAGENET1K_V1.url,
-    "alex": AlexNet_Weights.IMAGENET1K_V1.url,
-}
+NETS = ("vgg", "alex")
 
 
 class Perceptual(Protocol):
@@ -55,8 +50,10 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None) -> None:
         super().__init__()
-        if net not in _TRUNK_URLS:
-            raise VarpiError(f"LPIPS: unknown network {net!r}; expected one of {', '.join(_TRUNK_URLS)}")
+        if net not in NETS:
+            raise VarpiError(f"LPIPS: unknown network {net!r}; expected one of {', '.join(NETS)}")
+        import lpips  # here, for it brings torchvision, which takes a second that most uses need not spend
+
         # Building draws initial weights, only to replace them: keep the caller's random stream as it was.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the package calls torchvision in a way that warns
@@ -120,10 +117,22 @@ def _unit(features: Tensor) -> Tensor:
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
+def trunk_url(net: str) -> str:
+    """Where torchvision keeps the ImageNet weights of a network's trunk."""
+    from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+    return (VGG16_Weights.IMAGENET1K_V1 if net == "vgg" else AlexNet_Weights.IMAGENET1K_V1).url
+
+
+def cached_trunk(net: str) -> Path:
+    """Where torch hub's cache keeps that file, whether it is there or not."""
+    return Path(torch.hub.get_dir(), "checkpoints", trunk_url(net).rsplit("/", 1)[1])
+
+
 def _load_trunk(trunk: nn.Module, net: str, weights: str | Path | None) -> None:
     """Fill the package's sliced network (slice2.5.weight) from torchvision's weights (features.5.weight)."""
-    url = _TRUNK_URLS[net]
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1]) if weights is None else Path(weights)
+    url = trunk_url(net)
+    path = cached_trunk(net) if weights is None else Path(weights)
     if weights is None and not path.is_file():
         try:
             torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)

@@ -1,4 +1,4 @@
-"""Rollout: G samples per position from the one teacher-forced distribution of an image (VA-π Eq. 9).
+"""Rollout: G samples per position from the one teacher-forced distribution of an image (VA-π Eq. 7).
 
 B images, G samples per image, N tokens per image, V vocabulary.
 """

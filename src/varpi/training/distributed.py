@@ -4,6 +4,7 @@ With more than one process every generator block is sharded by FSDP2 (`fully_sha
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +51,21 @@ class World:
         return tensor.item()
 
 
+def check_device(device: str) -> None:
+    """Raise VarpiError unless `device` is one that this machine has."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise VarpiError(f"device {device!r}: must be cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
+        found = f"only {count} CUDA device(s)" if count else "no CUDA device"
+        raise VarpiError(f"device {device}: this machine has {found} that torch can use; try --device cpu")
+
+
 def join_world(device: str | None) -> World:
     """Join the processes that torchrun started, or be the only one. `device` None: CUDA when there is any."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise VarpiError(f"device {device}: this machine has no CUDA device that torch can use; try --device cpu")
+    check_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, device)

@@ -1,7 +1,8 @@
 """The training loop: batches in, updates out, whatever the method.
 
-Every random draw is a function of the recipe's seed, the step and the image's place in the global batch, so the number
-of processes, the micro-batch size and any resume change no number but rounding; a resume changes none at all.
+Every random draw is a function of the recipe's seed and the step, and of the image's place in the global batch, so the
+number of processes and the micro-batch size change no number but rounding. Dropout's masks alone are keyed by process
+and micro-batch instead, as they are drawn inside the network. A resume changes nothing at all.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from varpi.data import Batch, Batches, Dataset, open_dataset
+from varpi.data import BadImage, Batch, Batches, Dataset, Item, open_dataset
 from varpi.errors import VarpiError
 from varpi.generators import Generator
 from varpi.methods import Method, build_method
-from varpi.recipe import Optimizer, Recipe
+from varpi.recipe import Optimizer, Recipe, read_yaml
 from varpi.training.distributed import World, gradient_norm, join_world, leave_world, shard
 from varpi.training.logging import Logger, Metrics, peak_memory
 from varpi.training.state import (
@@ -111,7 +112,7 @@ def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) ->
     with logger, _stop_signal() as stop:
         trainer = Trainer(recipe, method, optimizer, world)
         stream = batches.from_step(progress.step // training.updates_per_batch)
-        finished = progress.step >= training.steps
+        finished = progress.step >= training.steps or _out_of_patience(recipe, progress)
         saved = progress.step
         while not finished:
             begun = time.perf_counter()
@@ -232,12 +233,17 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
     )
+    # Not left to the first step: a checkpoint may come before it, when the first updates are skipped.
+    for p in parameters:
+        moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
@@ -257,14 +263,15 @@ def _validate(
     assert settings is not None
     count = min(settings.images or len(held_out), len(held_out))
     size = recipe.training.micro_batch or recipe.training.batch_size
-    total = 0.0
+    total, images = 0.0, 0.0
     rounds = -(-count // (size * world.size))  # the same number on every process: sharded models work in step
     with torch.no_grad():
         for i in range(rounds):
             first = (i * world.size + world.rank) * size
-            indices = [index % count for index in range(first, first + size)]
-            real = max(0, min(count - first, size))
-            items = [held_out[index] for index in (indices[:real] or indices[:1])]
+            items = _readable(held_out, range(first, min(first + size, count)))
+            read = len(items)
+            if not items:  # sharded models need every process in every pass
+                items = [Item(torch.zeros(3, recipe.data.image_size, recipe.data.image_size), 0)]
             condition: Any = torch.tensor([item.condition for item in items])
             if isinstance(method.model, Generator):
                 condition = method.model.prepare_condition(condition)
@@ -272,18 +279,39 @@ def _validate(
                 images=torch.stack([item.image for item in items]).to(world.device),
                 condition=condition.to(world.device),
                 positions=torch.arange(len(items)),
-                indices=torch.tensor(indices[: len(items)]),
+                indices=torch.arange(len(items)),
                 bad=0,
             )
-            total += float(method.validation_loss(batch)) * real
-    loss = world.sum([total])[0] / count
+            loss = float(method.validation_loss(batch))
+            if read:
+                total, images = total + loss * read, images + read
+    total, images = world.sum([total, images])
+    if not images:
+        raise VarpiError(f"validation: none of the {count} held-out images could be read")
+    loss = total / images
     method.stages.take()
     progress.validations_since_best += 1
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step, progress.validations_since_best = loss, progress.step, 0
         _save_model(run, recipe, method, progress, world)
     logger.log(progress.step, {"validation_loss": loss})
-    return settings.patience is not None and progress.validations_since_best >= settings.patience
+    return _out_of_patience(recipe, progress)
+
+
+def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:
+    patience = recipe.validation.patience if recipe.validation is not None else None
+    return patience is not None and progress.validations_since_best >= patience
+
+
+def _readable(dataset: Dataset, indices: range) -> list[Item]:
+    """The items that can be read; each of the others gets a warning."""
+    items = []
+    for index in indices:
+        try:
+            items.append(dataset[index])
+        except BadImage as error:
+            _warn(f"validation leaves out an unreadable image: {error}")
+    return items
 
 
 def _save_model(run: Path, recipe: Recipe, method: Method, progress: Progress, world: World) -> None:
@@ -310,7 +338,7 @@ def _check_output(run: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a directory that holds something else."""
     if run.exists() and not run.is_dir():
         raise VarpiError(f"{run} is a file; choose another --output")
-    if not run.is_dir() or not any(run.iterdir()):
+    if not run.is_dir() or all(entry.name.startswith(".writing-") for entry in run.iterdir()):
         return
     if not (run / "recipe.yaml").is_file():
         raise VarpiError(f"{run} is not empty and holds no run; choose another --output")
@@ -318,7 +346,7 @@ def _check_output(run: Path, recipe: Recipe, resume: bool) -> None:
         newest = checkpoints(run)
         state = f"at {newest[0].name}" if newest else "without a checkpoint"
         raise VarpiError(f"{run} already holds a run ({state}); continue it with --resume or choose another --output")
-    before = _flatten(yaml.safe_load((run / "recipe.yaml").read_text()))
+    before = _flatten(read_yaml(run / "recipe.yaml"))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
     free = FREE_TO_CHANGE | ({"training.steps"} if recipe.optimizer.schedule == "constant" else set())
     for key in sorted(before.keys() | now.keys()):

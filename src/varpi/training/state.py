@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -57,25 +59,28 @@ def save_checkpoint(
     folder = run / "checkpoints"
     final = folder / f"step-{progress.step:08d}"
     aside = folder / f".writing-{final.name}"
-    error: Exception | None = None
-    try:
+
+    def prepare() -> None:
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-        world.barrier()
+            for stale in folder.glob(".writing-*"):  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def write() -> None:
         weights, moments = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
         if world.is_main:
             (aside / "trainer.json").write_text(json.dumps(asdict(progress)))
             _seal(aside)
             _verify(aside)
-    except Exception as problem:
-        error = problem
-    if world.max(float(error is not None)):  # together, so that no process waits for one that failed
+
+    try:
+        _together(world, prepare)
+        _together(world, write)
+    except VarpiError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-        raise VarpiError(f"{final}: the checkpoint could not be written ({_reason(error)}); {_kept(run)}") from error
+        raise VarpiError(f"{final}: the checkpoint could not be written ({error}); {_kept(run)}") from error
     if world.is_main:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
@@ -115,7 +120,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     weights, moments = get_state_dict(model, optimizer)
     try:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise VarpiError(f"{path}: cannot be loaded into this model ({_reason(error)})") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return Progress(**json.loads((path / "trainer.json").read_text()))
@@ -134,6 +139,17 @@ def write_aside(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def _together(world: World, work: Callable[[], None]) -> None:
+    """Work on every process; a failure on one fails all, so that none waits for it for ever."""
+    error: BaseException | None = None
+    try:
+        work()
+    except (Exception, CheckpointException) as problem:  # torch derives its own from BaseException
+        error = problem
+    if world.max(float(error is not None)):
+        raise VarpiError(_reason(error)) from error
 
 
 def _seal(folder: Path) -> None:
@@ -175,6 +191,8 @@ def _sync(folder: Path) -> None:
 def _reason(error: BaseException | None) -> str:
     if error is None:
         return "another process failed"
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]  # what happened, without torch's tracebacks
     text = " ".join(str(error).split()) or type(error).__name__
     if "No space left on device" in text:
         return "no space left on the disk"

@@ -1,0 +1,264 @@
+"""Recipes: those that ship are whole, and a wrong one is refused with a line that names the key and what it must be."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from varpi.errors import VarpiError
+from varpi.recipe import Recipe, VaPi, load_recipe, parse_recipe, read_yaml, shipped_recipes
+
+VALUES: dict[str, Any] = {
+    "method": {"name": "va_pi"},
+    "generator": {"source": "g.safetensors"},
+    "tokenizer": {"source": "t.safetensors"},
+    "data": {"source": "images", "image_size": 64},
+    "optimizer": {"learning_rate": 1e-6},
+    "training": {"steps": 10, "batch_size": 8},
+}
+
+
+def changed(**dotted: Any) -> dict[str, Any]:
+    """VALUES with section__key=value replaced; None removes the key."""
+    values = copy.deepcopy(VALUES)
+    for path, value in dotted.items():
+        *parents, last = path.split("__")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if value is None:
+            del section[last]
+        else:
+            section[last] = value
+    return values
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises(VarpiError) as caught:
+        parse_recipe(values, "my.yaml")
+    return str(caught.value)
+
+
+def test_shipped_names() -> None:
+    assert {"digits", "digits-next-token", "digits-generator", "llamagen-c2i-xl", "llamagen-c2i-xxl"} <= set(
+        shipped_recipes()
+    )
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_parses_and_survives_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_papers_settings() -> None:
+    """Paper, Table 7 and Eq. 10-11; released launchers for ε."""
+    recipe = load_recipe("llamagen-c2i-xxl")
+    assert isinstance(recipe.method, VaPi)
+    assert (recipe.method.group_size, recipe.method.prior_weight, recipe.method.clip_range) == (8, 0.1, 0.2)
+    assert (recipe.method.reward.mse_weight, recipe.method.reward.perceptual_weight) == (1.0, 1.0)
+    assert recipe.method.reward.perceptual == "lpips-vgg"
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay) == (1e-6, 1e-4)
+    assert (recipe.training.batch_size, recipe.training.steps) == (128, 100)
+    assert (recipe.data.image_size, recipe.training.precision) == (384, "bf16")
+
+
+def test_the_control_of_the_demo_differs_in_its_method_alone() -> None:
+    tuned, control = (load_recipe(name).model_dump() for name in ("digits", "digits-next-token"))
+    assert {key for key in tuned if tuned[key] != control[key]} == {"method"}
+
+
+def test_defaults_are_filled_in_and_written_out() -> None:
+    recipe = parse_recipe(VALUES)
+    assert isinstance(recipe.method, VaPi)
+    assert recipe.method.group_size == 8
+    written = yaml.safe_load(recipe.to_yaml())
+    assert written["method"]["reward"]["decode_batch"] == 16
+    assert written["optimizer"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"method__grup_size": 4}, "my.yaml: unknown key method.grup_size; did you mean group_size?"),
+        ({"optimizer__lerning_rate": 1}, "my.yaml: unknown key optimizer.lerning_rate; did you mean learning_rate?"),
+        (
+            {"method__reward__perceptual_wieght": 1},
+            "my.yaml: unknown key method.reward.perceptual_wieght; did you mean perceptual_weight?",
+        ),
+        ({"trainning": {}}, "my.yaml: unknown key trainning; did you mean training?"),
+        ({"generator__zzz": 1}, "my.yaml: unknown key generator.zzz; the keys here are source, architecture, dropout"),
+    ],
+)
+def test_unknown_key_names_the_nearest(change: dict[str, Any], line: str) -> None:
+    assert refusal(changed(**change)) == line
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"training__steps": "many"}, "my.yaml: training.steps is 'many'; it must be a valid integer"),
+        ({"training__steps": True}, "my.yaml: training.steps is True; it must be a whole number"),
+        ({"training__steps": 1.5}, "my.yaml: training.steps is 1.5; it must be a valid integer"),
+        ({"training__steps": 0}, "my.yaml: training.steps is 0; it must be greater than or equal to 1"),
+        ({"data__source": 5}, "my.yaml: data.source is 5; it must be a valid string"),
+        ({"optimizer__learning_rate": -1.0}, "my.yaml: optimizer.learning_rate is -1.0; it must be greater than 0"),
+        ({"optimizer__learning_rate": float("nan")}, "my.yaml: optimizer.learning_rate is nan; it must be"),
+        ({"optimizer__betas": [0.9, 1.0]}, "my.yaml: optimizer.betas.1 is 1.0; it must be less than 1"),
+        ({"optimizer__betas": [0.9]}, "my.yaml: optimizer.betas.1 is missing"),
+        ({"method__reward__mse_weight": -0.5}, "my.yaml: method.reward.mse_weight is -0.5; it must be greater than or"),
+        ({"method__prior_weight": -0.1}, "my.yaml: method.prior_weight is -0.1; it must be greater than or equal to 0"),
+        ({"method__group_size": 1}, "my.yaml: method.group_size is 1; it must be greater than or equal to 2"),
+        ({"method__context_noise": 1.5}, "my.yaml: method.context_noise is 1.5; it must be less than or equal to 1"),
+        ({"method__clip_range": 0}, "my.yaml: method.clip_range is 0; it must be greater than 0"),
+        ({"method__prior": "l2"}, "my.yaml: method.prior is 'l2'; it must be 'cross_entropy' or 'kl'"),
+        ({"training__precision": "fp16"}, "my.yaml: training.precision is 'fp16'; it must be 'fp32' or 'bf16'"),
+        ({"seed": -1}, "my.yaml: seed is -1; it must be greater than or equal to 0"),
+        ({"method__name": "ppo"}, "my.yaml: method.name is 'ppo'; it must be one of 'va_pi', 'next_token'"),
+        ({"method__name": None}, "my.yaml: method.name is missing"),
+        ({"data__source": None}, "my.yaml: data.source is missing"),
+        ({"optimizer": None}, "my.yaml: optimizer is missing"),
+        ({"training": 7}, "my.yaml: training is 7; it must be a section of keys and values"),
+        ({"generator__architecture": 5}, "my.yaml: generator.architecture is 5; it must be a name or a mapping"),
+    ],
+)
+def test_wrong_values_are_explained(change: dict[str, Any], line: str) -> None:
+    message = refusal(changed(**change))
+    assert message.startswith(line)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"generator": None}, "method va_pi needs a generator"),
+        ({"method": {"name": "classifier"}}, "method classifier has no generator"),
+        ({"generator": {"architecture": {"dim": 8}}}, "generator.source is missing: va_pi post-trains"),
+        ({"tokenizer": {}}, "tokenizer.source is missing: give a checkpoint, or an architecture"),
+        (
+            {"method__reward": {"mse_weight": 0, "perceptual_weight": 0}},
+            "method.reward: every weight is 0; at least one must be positive",
+        ),
+        (
+            {"method__reward": {"perceptual_weight": 0, "perceptual_weights": "vgg.pth"}},
+            "method.reward: perceptual_weights is given but no LPIPS network is used",
+        ),
+        (
+            {"method__compat": {"rollout_in_eval": True}, "method__policy_mode": "eval"},
+            "method: compat.rollout_in_eval needs policy_mode: train",
+        ),
+        ({"method__compat": {"uniform_noise": True}}, "method: compat.uniform_noise is set but context_noise is 0"),
+        ({"training__updates_per_batch": 3}, "training: steps is 10; it must be a multiple of updates_per_batch"),
+        (
+            {"training__updates_per_batch": 2, "training__save_every": 5},
+            "training: save_every is 5; it must be a multiple of updates_per_batch",
+        ),
+        (
+            {"training__updates_per_batch": 2, "validation": {"every": 5}},
+            "validation.every is 5; it must be a multiple of training.updates_per_batch",
+        ),
+        (
+            {"training__updates_per_batch": 2, "method": {"name": "next_token"}},
+            "training.updates_per_batch is for va_pi; next_token has no rollouts to reuse",
+        ),
+    ],
+)
+def test_contradictions(change: dict[str, Any], line: str) -> None:
+    assert refusal(changed(**change)).startswith(f"my.yaml: {line}")
+
+
+def test_every_mistake_has_its_line() -> None:
+    message = refusal(changed(method__group_size=1, training__steps=0, sead=3))
+    assert len(message.splitlines()) == 3
+    assert all(line.startswith("my.yaml: ") for line in message.splitlines())
+
+
+# -- files and settings
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(VALUES))
+    return path
+
+
+def test_settings_are_yaml_and_typed(file: Path) -> None:
+    recipe = load_recipe(
+        file,
+        [
+            "method.group_size=4",
+            "optimizer.learning_rate=1e-5",
+            "optimizer.betas=[0.8, 0.9]",
+            "validation.every=5",
+            "training.save_every=null",
+            "generator.architecture={dim: 8, n_layer: 1, n_head: 2}",
+            "data.source=a=b",
+        ],
+    )
+    assert isinstance(recipe.method, VaPi)
+    assert recipe.method.group_size == 4
+    assert recipe.optimizer.learning_rate == 1e-5
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert recipe.validation is not None
+    assert recipe.validation.every == 5
+    assert recipe.training.save_every is None
+    assert recipe.generator is not None
+    assert recipe.generator.architecture == {"dim": 8, "n_layer": 1, "n_head": 2}
+    assert recipe.data.source == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("method.group_size=four", "my.yaml: method.group_size is 'four'; it must be a valid integer"),
+        ("method.group_size=", "my.yaml: method.group_size is None; it must be"),
+        ("method.gruop_size=4", "my.yaml: unknown key method.gruop_size; did you mean group_size?"),
+        ("training.steps.more=4", "--set training.steps.more: steps is not a section"),
+        ("method=fast", "my.yaml: method is 'fast'; it must be a section of keys and values"),
+        ("steps", "--set 'steps': expected key.path=value"),
+        ("=4", "--set '=4': expected key.path=value"),
+        ("seed=[1", "--set seed: '[1' is not a YAML value"),
+    ],
+)
+def test_wrong_settings(file: Path, setting: str, line: str) -> None:
+    with pytest.raises(VarpiError) as caught:
+        load_recipe(file, [setting])
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=r"no recipe 'digit': neither a file .* did you mean digits\?"):
+        load_recipe("digit")
+    with pytest.raises(VarpiError, match=r"the shipped ones are .*digits"):
+        load_recipe(tmp_path / "zzzzzzzzzzz.yaml")
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", b"a: !!python/object:os.system x"])
+def test_bad_yaml_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(VarpiError, match="cannot be read as YAML") as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "hello"])
+def test_yaml_that_is_no_mapping(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(content)
+    with pytest.raises(VarpiError, match="a recipe is a mapping of sections, not "):
+        read_yaml(path)
+
+
+def test_recipes_are_values() -> None:
+    """Equal when their contents are, and not to be changed."""
+    recipe = parse_recipe(VALUES)
+    assert recipe == parse_recipe(copy.deepcopy(VALUES))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+    assert isinstance(recipe, Recipe)
