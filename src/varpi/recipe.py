@@ -387,6 +387,6 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 def _only_section(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
-        members = tuple(m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, Section))
-        return members if len(members) > 1 else members[0]
+        members: list[Any] = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, Section)]
+        return tuple(members) if len(members) > 1 else members[0]
     return annotation

@@ -5,11 +5,14 @@
 Every random draw of a run is a function of seed, step and position, so a checkpoint needs no random states.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +71,8 @@ def save_checkpoint(
 
     def write() -> None:
         weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
+        with _without_warning():
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
         if world.is_main:
             (aside / "trainer.json").write_text(json.dumps(asdict(progress)))
             _seal(aside)
@@ -119,7 +123,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Restore model and optimizer in place, under any number of processes; returns the progress."""
     weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
+        with _without_warning():
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         raise VarpiError(f"{path}: cannot be loaded into this model ({_reason(error)})") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -150,6 +155,14 @@ def _together(world: World, work: Callable[[], None]) -> None:
         error = problem
     if world.max(float(error is not None)):
         raise VarpiError(_reason(error)) from error
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Torch warns that a single process saves alone, which is what `no_dist` just told it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _seal(folder: Path) -> None:
@@ -193,9 +206,14 @@ def _reason(error: BaseException | None) -> str:
         return "another process failed"
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]  # what happened, without torch's tracebacks
+    cause: BaseException | None = error
+    while cause is not None:  # torch's file writer buries it
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "no space left on the disk"
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split()) or type(error).__name__
-    if "No space left on device" in text:
-        return "no space left on the disk"
+    if "inline_container" in text:  # from another process, without its cause
+        return "a file was cut short; is there space left on the disk?"
     return text if len(text) < 300 else f"{text[:300]}…"
 
 

@@ -1,0 +1,250 @@
+"""Damaged checkpoints, full disks, losses that are not numbers, images that cannot be read."""
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from runs import contents, crash, numbers, quiet, same, steps_saved, weights
+from torch.distributed.checkpoint.api import CheckpointException
+
+from varpi.cli import main
+from varpi.errors import VarpiError
+from varpi.methods import build_method
+from varpi.methods.va_pi import VaPi
+from varpi.training import read_metrics
+
+# -- checkpoints that are damaged or cannot be written
+
+
+def damage_byte(checkpoint: Path) -> None:
+    path = checkpoint / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(checkpoint: Path) -> None:
+    path = checkpoint / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def lose_index(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").unlink()
+
+
+def lose_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_byte, truncate, lose_index, lose_manifest])
+def test_a_damaged_checkpoint_is_passed_over(
+    pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None]
+) -> None:
+    through = quiet(tiny.recipe(pair, "training.steps=4"), tmp_path / "through")
+    run = quiet(tiny.recipe(pair, "training.steps=3", "training.save_every=1"), tmp_path / "run")
+    harm(run / "checkpoints" / "step-00000003")
+    with caplog.at_level(logging.WARNING):
+        quiet(tiny.recipe(pair, "training.steps=4", "training.save_every=1"), run, resume=True)
+    (warning,) = [record.getMessage() for record in caplog.records if "trying an older checkpoint" in record.message]
+    assert "step-00000003" in warning
+    assert same(weights(run), weights(through))
+    assert numbers(run) == numbers(through)
+
+
+def test_no_whole_checkpoint_is_an_error(pair: Path, tmp_path: Path) -> None:
+    run = quiet(tiny.recipe(pair, "training.steps=2", "training.save_every=1"), tmp_path / "run")
+    for checkpoint in (run / "checkpoints").iterdir():
+        damage_byte(checkpoint)
+    before = contents(run)
+    with pytest.raises(VarpiError, match=r"no checkpoint is whole: .*step-00000002.* is damaged"):
+        quiet(tiny.recipe(pair, "training.steps=3", "training.save_every=1"), run, resume=True)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_while_saving(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    recipe = tiny.recipe(pair, "training.steps=4", "training.save_every=1")
+    through = quiet(recipe, tmp_path / "through")
+    run = tmp_path / "run"
+    save = torch.distributed.checkpoint.save
+
+    def full(state: Any, *, checkpoint_id: Path, **settings: Any) -> Any:
+        if checkpoint_id.name != ".writing-step-00000003":
+            return save(state, checkpoint_id=checkpoint_id, **settings)
+        (checkpoint_id / "__0_0.distcp").write_bytes(b"part")
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise CheckpointException("write", {0: (error, None)}) if wrapped else error  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("varpi.training.state.dcp.save", full)
+        with pytest.raises(VarpiError) as caught:
+            quiet(recipe, run)
+    assert str(caught.value) == (
+        f"{run / 'checkpoints' / 'step-00000003'}: the checkpoint could not be written (no space left on the disk); "
+        "the last whole one is step-00000002"
+    )
+    assert steps_saved(run) == [1, 2]  # and nothing half-written beside them
+    quiet(recipe, run, resume=True)
+    assert same(weights(run), weights(through))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    pair: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["training.save_every=1", "training.keep=9"]
+    through = quiet(tiny.recipe(pair, *settings), tmp_path / "through")
+    size = sum(path.stat().st_size for path in (through / "checkpoints" / "step-00000001").iterdir())
+    (small_disk / "ballast").write_bytes(bytes(2 * 2**20 - int(3.5 * size)))
+    command = ["train", str(pair / "va_pi.yaml"), "--output", str(small_disk / "run"), "--device", "cpu"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("varpi train: ")
+    assert "no space left on the disk" in message
+    assert steps_saved(small_disk / "run") == [1, 2, 3]
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert main([*command, "--resume"]) == 0
+    assert same(weights(small_disk / "run"), weights(through))
+    assert numbers(small_disk / "run") == numbers(through)
+
+
+# -- what is not a number
+
+
+class Poisoned:
+    """A method whose loss, or whose gradient alone, is not finite in chosen steps."""
+
+    def __init__(self, method: VaPi, steps: set[int], gradient_only: bool) -> None:
+        self.method, self.steps, self.gradient_only = method, steps, gradient_only
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def loss(self, batch: Any, step: int, rollout: Any = None) -> Any:
+        outcome = self.method.loss(batch, step, rollout)
+        if step in self.steps and self.gradient_only:
+            outcome.loss = outcome.loss + (self.method.model.output.weight * 0).sum().sqrt()  # 0, with gradient 0 · ∞
+        elif step in self.steps:
+            outcome.loss = outcome.loss * math.nan
+        return outcome
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def apply(*steps: int, gradient_only: bool = False) -> None:
+        def build(*arguments: Any) -> Any:
+            return Poisoned(build_method(*arguments), set(steps), gradient_only)  # pyright: ignore[reportArgumentType]
+
+        monkeypatch.setattr("varpi.training.loop.build_method", build)
+
+    return apply
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_non_finite_update_is_skipped_and_counted(
+    pair: Path, tmp_path: Path, poison: Callable[..., None], gradient_only: bool
+) -> None:
+    poison(0, 2, 3, gradient_only=gradient_only)
+    run = quiet(tiny.recipe(pair, "training.save_every=1", "training.keep=9"), tmp_path / "run")
+    rows = read_metrics(run)
+    assert [row["skipped"] for row in rows] == [1, 1, 2, 3, 3, 3]
+    assert [math.isfinite(row["loss"]) for row in rows] == (
+        [True] * 6 if gradient_only else [False, True, False, False, True, True]
+    )
+    assert [math.isfinite(row["gradient_norm"]) for row in rows] == [False, True, False, False, True, True]
+    trainer = json.loads((run / "checkpoints" / "step-00000006" / "trainer.json").read_text())
+    assert (trainer["skipped"], trainer["skipped_in_a_row"]) == (3, 0)
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_skips_survive_a_resume(
+    pair: Path, tmp_path: Path, poison: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when there was no update at all before the checkpoint."""
+    poison(0, 1, 4)
+    recipe = tiny.recipe(pair, "training.save_every=1", "training.max_skipped=3")
+    through = quiet(recipe, tmp_path / "through")
+    crash(monkeypatch, recipe, tmp_path / "run", 3)
+    run = quiet(recipe, tmp_path / "run", resume=True)
+    assert same(weights(run), weights(through))
+    early = tmp_path / "early"
+    crash(monkeypatch, recipe, early, 2)
+    quiet(recipe, early, resume=True)
+    assert same(weights(early), weights(through))
+
+
+def test_too_many_skips_stop_the_run(pair: Path, tmp_path: Path, poison: Callable[..., None]) -> None:
+    poison(1, 2, 3)
+    recipe = tiny.recipe(pair, "training.save_every=1", "training.max_skipped=3")
+    with pytest.raises(VarpiError) as caught:
+        quiet(recipe, tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith("step 4: 3 updates in a row had a non-finite loss or gradient (loss, gradient_norm")
+    assert "lower optimizer.learning_rate" in message
+    newest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "trainer.json").read_text())
+    assert newest["skipped_in_a_row"] == 2
+
+
+# -- images that cannot be read
+
+
+def test_unreadable_images_are_replaced_counted_and_remembered(
+    pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = tiny.images(tmp_path / "images" / "train").parent
+    tiny.images(images / "val", per_class=2, seed=4)
+    for path in (images / "train" / "a" / "3.png", images / "val" / "b" / "1.png"):
+        path.write_bytes(path.read_bytes()[:40])
+    settings = [f"data.source={images}", "data.max_bad_fraction=0.5", "validation.every=3"]
+    run = quiet(tiny.recipe(pair, *settings), tmp_path / "run")
+    trainer = json.loads((run / "checkpoints" / "step-00000006" / "trainer.json").read_text())
+    assert trainer["bad_images"] == 2  # six steps of eight are two epochs of 24
+    assert trainer["images_opened"] == 50
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(run) if "loss" in row)
+    left_out = [r.getMessage() for r in caplog.records if "validation leaves out an unreadable image" in r.message]
+    assert len(left_out) == 2
+    assert str(images / "val" / "b" / "1.png") in left_out[0]
+
+
+def test_too_many_unreadable_images_stop_the_run(pair: Path, tmp_path: Path) -> None:
+    images = tiny.images(tmp_path / "images")
+    for path in (images / "a").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(VarpiError, match=r"too many unreadable images: .* max_bad_fraction is 0\.01; the last was"):
+        quiet(tiny.recipe(pair, f"data.source={images}"), tmp_path / "run")
+
+
+def test_validation_weighs_every_image_alike(pair: Path, tmp_path: Path) -> None:
+    """Six held-out images in batches of 8 or of 4 have the same mean."""
+    losses = []
+    for size in (6, 4, 1):
+        settings = ("validation.every=1", "training.steps=1", f"training.micro_batch={size}", "method.policy_mode=eval")
+        run = quiet(tiny.recipe(pair, *settings), tmp_path / str(size))
+        losses += [row["validation_loss"] for row in read_metrics(run) if "validation_loss" in row]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
