@@ -73,19 +73,31 @@ def count_tflop(function: Callable[[], object]) -> float:
 
 
 def matmul_tflops(device: str, dtype: str) -> float:
-    """The rate this machine reaches on a large square matrix product, TFLOP/s: the best of five tries."""
+    """The rate this machine reaches on a large square matrix product, TFLOP/s."""
     size = 8192 if device.startswith("cuda") else 2048
-    left, right = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    return 2 * size**3 / _product_seconds(device, dtype, size, size, size) / 1e12
+
+
+def memory_terabytes(device: str, dtype: str) -> float:
+    """The rate at which this machine reads a matrix to multiply it by a vector, TB/s."""
+    rows, columns = (65536, 16384) if device.startswith("cuda") else (8192, 8192)
+    return rows * columns * DTYPES[dtype].itemsize / _product_seconds(device, dtype, rows, columns, 1) / 1e12
+
+
+def _product_seconds(device: str, dtype: str, rows: int, inner: int, columns: int) -> float:
+    """Seconds of one matrix product: the best of five tries, after one to warm up."""
+    left = torch.randn(rows, inner, device=device, dtype=DTYPES[dtype])
+    right = torch.randn(inner, columns, device=device, dtype=DTYPES[dtype])
     products = 20 if device.startswith("cuda") else 1
     seconds = []
-    for _ in range(6):  # the first one warms up
+    for _ in range(6):
         synchronize(device)
         begun = time.perf_counter()
         for _ in range(products):
             torch.matmul(left, right)
         synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    return products * 2 * size**3 / min(seconds[1:]) / 1e12
+        seconds.append((time.perf_counter() - begun) / products)
+    return min(seconds[1:])
 
 
 def synchronize(device: str) -> None:

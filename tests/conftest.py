@@ -1,6 +1,10 @@
 """Shared fixtures: where the golden data lies, a pair small enough to train, and a quiet, deterministic torch."""
 
 import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +38,20 @@ def fill(shared: Path) -> ModuleType:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random pair, its images and its recipes; see tiny.py. Read only."""
     return tiny.make(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(autouse=True)

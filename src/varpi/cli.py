@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         device=options.device,
     )
-    if (run / "model.safetensors").is_file():
+    if os.environ.get("RANK", "0") == "0" and (run / "model.safetensors").is_file():
         print(f"wrote {run / 'model.safetensors'}")
 
 

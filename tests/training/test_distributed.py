@@ -1,0 +1,120 @@
+"""Two gloo processes against one: the same losses at the same global batch, checkpoints that either continues."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from runs import numbers, quiet, steps_saved, weights
+
+from varpi.training import read_metrics
+
+# Dropout's masks are drawn by each process; all else must agree. Local batches of 4 are cut into 3 and 1, the six
+# held-out images leave the second process without any, and the clip is low enough to bind.
+SETTINGS = (
+    "generator.dropout=0",
+    "method.prior=kl",
+    "method.condition_drop=0.3",
+    "training.micro_batch=3",
+    "training.save_every=2",
+    "validation.every=2",
+    "optimizer.gradient_clip=0.5",
+)
+COMPARED = ("loss", "reward_mean", "reward_std", "policy_loss", "prior_loss", "cross_entropy", "entropy", "ratio_mean")
+
+
+def arguments(pair: Path, run: Path, *settings: str) -> list[str]:
+    command = ["-m", "varpi", "train", str(pair / "va_pi.yaml"), "--output", str(run), "--device", "cpu", "--resume"]
+    for setting in (*SETTINGS, *settings):
+        command += ["--set", setting]
+    return command
+
+
+def torchrun(pair: Path, run: Path, *settings: str) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *launcher, *arguments(pair, run, *settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in one process."""
+    return quiet(tiny.recipe(pair, *SETTINGS), tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.fixture(scope="module")
+def two(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in two processes."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    torchrun(pair, run, "training.steps=4")
+    return run
+
+
+def assert_close(run: Path, expected: Path, steps: int) -> None:
+    rows = [row for row in numbers(expected) if row["step"] <= steps]
+    assert [row["step"] for row in numbers(run)] == [row["step"] for row in rows]
+    for row, other in zip(numbers(run), rows, strict=True):
+        assert row.keys() == other.keys()
+        for name in COMPARED if "loss" in row else ("validation_loss",):
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (row["step"], name)
+        if "loss" in row:
+            assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one(one: Path, two: Path) -> None:
+    assert_close(two, one, 4)
+    assert {path.name for path in (two / "checkpoints" / "step-00000004").glob("*.distcp")} == {
+        "__0_0.distcp",
+        "__1_0.distcp",
+    }
+
+
+def test_one_process_continues_what_two_began(pair: Path, one: Path, two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    quiet(tiny.recipe(pair, *SETTINGS), run, resume=True)
+    assert_close(run, one, 6)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(run)[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_two_processes_continue_what_one_began_and_stop_together(pair: Path, one: Path, tmp_path: Path) -> None:
+    """SIGTERM reaches one of them alone; both save and exit 0."""
+    run = quiet(tiny.recipe(pair, *SETTINGS, "training.steps=2"), tmp_path / "run")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(port)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments(pair, run, "training.steps=5000")],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while read_metrics(run)[-1]["step"] < 7 and all(process.poll() is None for process in processes):
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    stopped = read_metrics(run)[-1]["step"]
+    assert steps_saved(run)[-1] == stopped >= 7
+    kept = [row for row in numbers(run) if row["step"] <= 6]
+    for row, other in zip(kept, numbers(one), strict=True):
+        name = "loss" if "loss" in row else "validation_loss"
+        assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)
