@@ -72,32 +72,25 @@ def count_tflop(function: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def matmul_tflops(device: str, dtype: str) -> float:
-    """The rate this machine reaches on a large square matrix product, TFLOP/s."""
-    size = 8192 if device.startswith("cuda") else 2048
-    return 2 * size**3 / _product_seconds(device, dtype, size, size, size) / 1e12
+def matmul_tflops(device: str, dtype: str, rows: int | None = None) -> float:
+    """The rate this machine reaches on linear layers, TFLOP/s: the best of three tries after one to warm up.
 
-
-def memory_terabytes(device: str, dtype: str) -> float:
-    """The rate at which this machine reads a matrix to multiply it by a vector, TB/s."""
-    rows, columns = (65536, 16384) if device.startswith("cuda") else (8192, 8192)
-    return rows * columns * DTYPES[dtype].itemsize / _product_seconds(device, dtype, rows, columns, 1) / 1e12
-
-
-def _product_seconds(device: str, dtype: str, rows: int, inner: int, columns: int) -> float:
-    """Seconds of one matrix product: the best of five tries, after one to warm up."""
-    left = torch.randn(rows, inner, device=device, dtype=DTYPES[dtype])
-    right = torch.randn(inner, columns, device=device, dtype=DTYPES[dtype])
-    products = 20 if device.startswith("cuda") else 1
+    The layers are large and many, so that their weights come from memory as a model's do. `rows` is how many vectors go
+    through at once; by default as many as a layer is wide, which is a square matrix product.
+    """
+    width = 8192 if device.startswith("cuda") else 2048
+    rows = rows or width
+    weights = [torch.randn(width, width, device=device, dtype=DTYPES[dtype]) for _ in range(16)]
+    x = torch.randn(rows, width, device=device, dtype=DTYPES[dtype])
     seconds = []
-    for _ in range(6):
+    for _ in range(4):
         synchronize(device)
         begun = time.perf_counter()
-        for _ in range(products):
-            torch.matmul(left, right)
+        for weight in weights:
+            nn.functional.linear(x, weight)
         synchronize(device)
-        seconds.append((time.perf_counter() - begun) / products)
-    return min(seconds[1:])
+        seconds.append(time.perf_counter() - begun)
+    return len(weights) * 2 * rows * width**2 / min(seconds[1:]) / 1e12
 
 
 def synchronize(device: str) -> None:

@@ -115,6 +115,10 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
     config = class_conditional(options.architecture, options.image_size)
     recipe = _recipe(options, 1 if kind is VaPi else options.group_size)
     tokenizer, perceptual = _frozen(options, device)
+    if options.channels_last:
+        tokenizer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if options.compile_decoder:
+        tokenizer.decoder.compile()
     generator = random_generator(config, device)
     method = kind(
         generator,
@@ -145,7 +149,7 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
     steps = [step(number) for number in range(1, 1 + options.repeats)]
     meter.note("between")
     return {
-        "seconds": {name: statistics.median(step[name] for step in steps[1:]) for name in (*STAGES, "step")},
+        "seconds": {name: statistics.median(step[name] for step in steps) for name in (*STAGES, "step")},
         "peak_gib": {**{name: meter.peaks[name] for name in STAGES}, "step": max(meter.peaks.values())},
     }
 
@@ -153,17 +157,11 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
 def _recipe(options: argparse.Namespace, copies: int) -> Recipe:
     """The defaults of VA-π. `copies` of each image share a micro-batch, so both steps have equally large passes."""
     precision = "bf16" if options.dtype == "bfloat16" else "fp32"
+    weight, chunk = options.perceptual_weight, options.decode_batch
+    reward = {"perceptual_weight": weight, "decode_batch": chunk, "precision": precision}
     return parse_recipe(
         {
-            "method": {
-                "name": "va_pi",
-                "group_size": options.group_size,
-                "reward": {
-                    "perceptual_weight": options.perceptual_weight,
-                    "decode_batch": options.decode_batch,
-                    "precision": precision,
-                },
-            },
+            "method": {"name": "va_pi", "group_size": options.group_size, "reward": reward},
             "generator": {"source": "random"},
             "tokenizer": {"source": "random"},
             "data": {"source": "random", "image_size": options.image_size},
@@ -182,27 +180,20 @@ def _frozen(options: argparse.Namespace, device: str) -> tuple[VQ, Any]:
     """VQ-16 and, unless its weight is 0, LPIPS on VGG16."""
     with torch.device(device):
         tokenizer = VQ(VQConfig(channels=32 if options.small_vq else 128)).requires_grad_(False).eval()
-    if options.channels_last:
-        tokenizer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if options.compile_decoder:
-        tokenizer.decoder.compile()
     return tokenizer, random_lpips(device) if options.perceptual_weight > 0 else None
 
 
 def count(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """TFLOP by stage of both steps, counted from the modules themselves; the backward pass is twice the forward one."""
-    options = argparse.Namespace(**{**vars(options), "compile_decoder": False})
-    config = class_conditional(options.architecture, options.image_size)
-    tokenizer, perceptual = _frozen(options, "cpu")
-    tokenizer.to("meta")
+    tokenizer, perceptual = _frozen(options, "meta")
     with torch.device("meta"):
-        model = LlamaGen(config)
+        model = LlamaGen(class_conditional(options.architecture, options.image_size))
         tokens, condition = torch.zeros(1, model.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         image = torch.zeros(1, 3, options.image_size, options.image_size)
         forward = count_tflop(lambda: model.logits(tokens, condition))
         encode = count_tflop(lambda: tokenizer.encode(image))
         decode = count_tflop(lambda: tokenizer.decode(tokens))
-        features = count_tflop(lambda: perceptual.to("meta").features(image)) if perceptual is not None else 0.0
+        features = count_tflop(lambda: perceptual.features(image)) if perceptual is not None else 0.0
     images, group = options.images, options.group_size
     same = {"encode": images * encode, "reward": images * (group * decode + (group + 1) * features)}
     shared = {**same, "transformer": images * forward, "backward": images * 2 * forward}

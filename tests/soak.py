@@ -1,17 +1,20 @@
-"""The long reliability run: kill a training run with SIGKILL again and again, resume it each time, lose nothing.
+"""The long reliability run: a training run is killed with SIGKILL again and again, resumed each time, and must end with
+the very weights and the very log of a run that nobody touched.
 
-    python tests/soak.py [--kills 20] [--processes 1 2] [--seed N]
+    python tests/soak.py                             # twenty kills of one process, then twenty of two gloo processes
+    python tests/soak.py --kills 5 --processes 1
 
-For each number of processes, a run that is never interrupted and one that is killed at random moments, while it starts,
-trains or writes a checkpoint; the last resume finishes it. Weights must be equal to the last bit and the logs must hold
-the same steps with the same numbers. Prints counts; exits 1 on any difference. Uses a random pair that it makes itself.
+A life ends at a random moment: while the program starts and loads a checkpoint, in the middle of a step, or while a
+checkpoint is being written, which is made likelier than it is. Exits 1 when anything was lost.
 """
 
 import argparse
 import contextlib
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,113 +22,161 @@ import time
 from pathlib import Path
 
 import tiny
-from runs import numbers, same, weights
+from training_runs import numbers, same, steps_saved, weights
 
-STEPS_PER_LIFE = 6
-PATIENCE_SECONDS = 300
+from varpi.errors import VarpiError
+from varpi.training.state import newest_whole
+
+STRIDE = 8
+"""A life makes about this many steps at most, so that the last kill comes before the run is through."""
+SETTINGS = ("training.save_every=2", "training.micro_batch=4", "data.workers=1", "method.prior=kl")
+PATIENCE = 600.0
+"""Seconds after which something hangs."""
+
+
+class Lost(Exception):
+    """The run is not what it should be."""
+
+
+class Soak:
+    def __init__(self, folder: Path, kills: int, processes: int, moments: random.Random) -> None:
+        self.pair = folder / "pair"
+        self.log = folder / f"output-{processes}.txt"
+        self.through, self.run = (folder / f"{name}-{processes}" for name in ("through", "killed"))
+        self.kills = kills
+        self.processes = processes
+        self.moments = moments
+        self.steps = (kills + 2) * (STRIDE + 4)
+
+    def start(self, run: Path) -> list[subprocess.Popen[bytes]]:
+        command = [sys.executable, "-m", "varpi", "train", str(self.pair / "va_pi.yaml"), "--output", str(run)]
+        for setting in (*SETTINGS, f"training.steps={self.steps}"):
+            command += ["--set", setting]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if self.processes > 1:
+            environment |= {"WORLD_SIZE": str(self.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        with self.log.open("ab") as log:
+            return [
+                subprocess.Popen(
+                    [*command, "--device", "cpu", "--resume"],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=log,
+                )
+                for rank in range(self.processes)
+            ]
+
+    def finish(self, run: Path) -> float:
+        """Let a run come to its end; the seconds until its first new step."""
+        begun, before = time.monotonic(), last_step(run)
+        processes = self.start(run)
+        try:
+            while last_step(run) <= before and all(process.poll() is None for process in processes):
+                time.sleep(0.01)
+            startup = time.monotonic() - begun
+            codes = [process.wait(PATIENCE) for process in processes]
+        finally:
+            stop(processes)
+        if any(codes):
+            raise Lost(f"exit codes {codes}; see {self.log}")
+        return startup
+
+    def kill_once(self, startup: float) -> str:
+        """One life of the run; where it ended."""
+        place = self.moments.choices(("start", "step", "checkpoint"), (1, 2, 3))[0]
+        target = last_step(self.run) + self.moments.randint(1, STRIDE)
+        deadline = time.monotonic() + PATIENCE
+        left = self.writing()
+        processes = self.start(self.run)
+        try:
+            if place == "start":
+                time.sleep(self.moments.uniform(0, startup))
+            else:
+                while last_step(self.run) < target or (place == "checkpoint" and not self.writing() - left):
+                    if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+                        codes = [process.poll() for process in processes]
+                        raise Lost(f"no step {target} (exit codes {codes}); see {self.log}")
+                    time.sleep(0.0005)
+                time.sleep(self.moments.uniform(0, 0.03))
+        finally:
+            stop(processes)
+        return "checkpoint" if self.writing() - left else "start" if place == "start" else "step"
+
+    def writing(self) -> set[tuple[str, int]]:
+        """Checkpoints that are being written, or were when a life ended."""
+        found = set()
+        for path in (self.run / "checkpoints").glob(".writing-*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
+
+    def carry_out(self) -> dict[str, int]:
+        """All of it; how many lives ended where."""
+        startup = self.finish(self.through)
+        places = {"start": 0, "step": 0, "checkpoint": 0}
+        safe = 0
+        for number in range(self.kills):
+            place = self.kill_once(startup)
+            places[place] += 1
+            newest = newest_whole(self.run, print)
+            step = int(newest.name.removeprefix("step-")) if newest is not None else 0
+            if step < safe:
+                raise Lost(f"kill {number + 1}: the newest checkpoint is of step {step}, after one of step {safe}")
+            safe = step
+            print(f"  kill {number + 1:2d}: {place:10s}  {last_step(self.run)} steps logged, {safe} safe", flush=True)
+        self.finish(self.run)
+        if not same(weights(self.run), weights(self.through)):
+            raise Lost("the weights are not those of the uninterrupted run")
+        if numbers(self.run) != numbers(self.through):
+            raise Lost("the log is not that of the uninterrupted run")
+        if steps_saved(self.run) != steps_saved(self.through):
+            raise Lost("the checkpoints are not those of the uninterrupted run")
+        return places
+
+
+def last_step(run: Path) -> int:
+    """How many steps the log holds."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs per variant (default: %(default)s)")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="variants (default: 1 and 2)")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments (default: the clock)")
+    parser.add_argument("--kills", type=int, default=20, help="of each run (default: %(default)s)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of each run (default: 1 2)")
+    parser.add_argument("--seed", type=int, help="of the moments (default: another each time)")
     options = parser.parse_args()
-    lost = 0
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
+    folder = Path(tempfile.mkdtemp(prefix="varpi-soak-"))
+    (folder / "pair").mkdir()
+    tiny.make(folder / "pair")
     for processes in options.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            lost += not survives(Path(folder), processes, options.kills, random.Random(options.seed))
-    print(f"seed {options.seed}: {len(options.processes)} variants, {lost} lost")
-    return int(lost > 0)
-
-
-def survives(folder: Path, processes: int, kills: int, moments: random.Random) -> bool:
-    """Whether a run that is killed `kills` times ends as one that is not."""
-    tiny.make(folder)
-    steps = STEPS_PER_LIFE * (kills + 1)
-    command = ["-m", "varpi", "train", str(folder / "va_pi.yaml"), "--device", "cpu", "--resume"]
-    for setting in (f"training.steps={steps}", "training.save_every=2", "validation.every=5", "data.workers=1"):
-        command += ["--set", setting]
-    if processes > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
-
-    def start(run: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, *command, "--output", str(run)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    through, run = folder / "through", folder / "run"
-    if start(through).wait() != 0:
-        print(f"{processes} process(es): the uninterrupted run failed")
-        return False
-    counts = {"starting": 0, "training": 0, "saving": 0}
-    for _ in range(kills):
-        process = start(run)
-        counts[kill_at_random(process, run, moments)] += 1
-    code = start(run).wait()
-    equal = code == 0 and same(weights(run), weights(through))
-    logged = code == 0 and numbers(run) == numbers(through)
-    told = ", ".join(f"{count} while {what}" for what, count in counts.items())
-    print(
-        f"{processes} process(es): {kills} kills ({told}), {steps} steps, exit {code}; "
-        f"weights {'bit-identical' if equal else 'DIFFER'}, log {'identical' if logged else 'DIFFERS'}",
-        flush=True,
-    )
-    return equal and logged
-
-
-def kill_at_random(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> str:
-    """Kill all processes of a run; says what it was doing."""
-    kind = moments.random()
-    before = lines(run)
-    if kind < 0.1:
-        time.sleep(moments.uniform(0, 4))
-    else:
-        steps = moments.randint(1, STEPS_PER_LIFE - 1)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        seen = before
-        while seen < before + steps and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-            seen = lines(run)
-            before = min(before, seen)  # a resume cuts the log back to the checkpoint
-        if kind > 0.5:  # wait for a checkpoint that is being written
-            while not list(run.glob("checkpoints/.writing-*")) and process.poll() is None:
-                if time.monotonic() > deadline:
-                    break
-        time.sleep(moments.uniform(0, 0.03))
-    saving = bool(list(run.glob("checkpoints/.writing-*")))
-    trained = lines(run) > before
-    for victim in {process.pid, *processes_of(run)}:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-    process.wait()
-    return "saving" if saving else "training" if trained else "starting"
-
-
-def processes_of(run: Path) -> list[int]:
-    """All processes of this run, those that torchrun started in sessions of their own too."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if str(run).encode() in words:
-                found.append(int(entry.name))
-    return found
-
-
-def lines(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_bytes().count(b"\n")
-    except OSError:
-        return 0
+        soak = Soak(folder, options.kills, processes, random.Random(seed))
+        print(f"{processes} process(es), {soak.steps} steps, {options.kills} kills, seed {seed}", flush=True)
+        begun = time.monotonic()
+        try:
+            places = soak.carry_out()
+        except (Lost, VarpiError, subprocess.TimeoutExpired) as error:
+            print(f"LOST with {processes} process(es), seed {seed}: {error}\neverything is in {folder}")
+            return 1
+        ended = ", ".join(f"{count} in {place}" for place, count in places.items())
+        print(f"  {options.kills} kills ({ended}); weights and log bit-identical; {time.monotonic() - begun:.0f} s")
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -14,9 +14,9 @@ import tiny
 import torch
 import yaml
 from PIL import Image
-from runs import contents
 from safetensors import safe_open
 from safetensors.torch import load_file
+from training_runs import contents
 
 from varpi.cli import main
 from varpi.data import open_dataset

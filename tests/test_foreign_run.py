@@ -1,4 +1,4 @@
-"""Files in LlamaGen's own format through the recipe of the paper's main result, and back out under the original keys."""
+"""Files in LlamaGen's own format through the recipe of the paper's main result, and out again under their old keys."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import torchvision
-from runs import numbers
+from training_runs import numbers
 
 from varpi.cli import main
 from varpi.generators import LlamaGenConfig
@@ -94,6 +94,7 @@ def test_photographs_at_384_through_a_narrow_vq16(tmp_path: Path, photographs: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_photographs_at_384_through_vq16_itself(tmp_path: Path, photographs: Path, trunk: Path) -> None:
     fields = {"dim": 64, "n_layer": 2, "n_head": 2}
     check(*train_and_export(tmp_path, photographs, trunk, fields, VQConfig(), "training.batch_size=2"))

@@ -24,7 +24,7 @@ from varpi.sampling import generate
 from varpi.training import read_metrics, train
 from varpi.weights import load_generator, load_tokenizer
 
-TEMPERATURES = (0.7, 0.8, 0.9)
+TEMPERATURES = (0.8, 0.9)
 GUIDANCE_SCALES = (1.5, 2.0)
 FIRST_SEED = 1000
 MARKER = "demo.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import numbers, quiet, steps_saved, weights
+from training_runs import numbers, quiet, steps_saved, weights
 
 from varpi.training import read_metrics
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import contents, crash, numbers, quiet, same, steps_saved, weights
 from safetensors import safe_open
+from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.errors import VarpiError
 from varpi.recipe import Optimizer

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import contents, crash, numbers, quiet, same, steps_saved, weights
 from safetensors import safe_open
+from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.cli import main
 from varpi.training import read_metrics

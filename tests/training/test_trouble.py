@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from runs import contents, crash, numbers, quiet, same, steps_saved, weights
 from torch.distributed.checkpoint.api import CheckpointException
+from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.cli import main
 from varpi.errors import VarpiError
