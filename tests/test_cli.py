@@ -157,7 +157,7 @@ def test_export(place: Place, suffix: str) -> None:
     ):
         output = place / f"{kind}.{suffix}"
         assert place.run("export", checkpoint, "--output", output, *more) == f"wrote {output}\n"
-        content = load_file(output) if suffix == "safetensors" else torch.load(output, weights_only=True)
+        content: Any = load_file(output) if suffix == "safetensors" else torch.load(output, weights_only=True)
         tensors = content["model"] if suffix == "pt" and kind == "tokenizer" else content
         load: Any = load_generator if kind == "generator" else load_tokenizer
         expected = to_original(load(checkpoint))

@@ -78,7 +78,7 @@ def check(before: dict[str, Any], after: dict[str, Any], rows: list[dict[str, An
 
 def test_photographs_at_384_through_a_narrow_vq16(tmp_path: Path, photographs: Path, trunk: Path) -> None:
     fields = {"dim": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}
-    vq = {"channels": 8, "latent_channels": 16, "codebook_size": 64, "norm_groups": 4}
+    vq: dict[str, Any] = {"channels": 8, "latent_channels": 16, "codebook_size": 64, "norm_groups": 4}
     check(
         *train_and_export(
             tmp_path,

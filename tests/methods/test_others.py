@@ -68,14 +68,14 @@ def test_the_control_drops_the_same_conditions(pair: Path) -> None:
     recipes = [tiny.recipe(pair, "method.condition_drop=0.5", method=name) for name in ("va_pi", "next_token")]
     seen = []
     for recipe in recipes:
-        method = build(recipe)
+        method: Any = build(recipe)
         drop = method.model.drop_condition
 
         def spy(condition: torch.Tensor, where: torch.Tensor, drop: Any = drop) -> torch.Tensor:
             seen.append(drop(condition, where))
             return seen[-1]
 
-        method.model.drop_condition = spy  # pyright: ignore[reportAttributeAccessIssue]
+        method.model.drop_condition = spy
         method.loss(batches(recipe).at(1), 1)
     assert torch.equal(*seen)
 
@@ -238,11 +238,12 @@ def test_pair_conditioned_on_text_needs_text(pair: Path, tmp_path: Path) -> None
 
 def test_pair_is_ready_to_train(pair: Path) -> None:
     recipe = tiny.recipe(pair, "generator.dropout=0.25", "training.gradient_checkpointing=true")
-    generator, tokenizer = load_pair(recipe, open_dataset(recipe.data.source, image_size=16), "cpu")
+    loaded: tuple[Any, Any] = load_pair(recipe, open_dataset(recipe.data.source, image_size=16), "cpu")
+    generator, tokenizer = loaded
     assert all(p.requires_grad for p in generator.parameters())
     assert not any(p.requires_grad for p in tokenizer.parameters())
     assert generator.gradient_checkpointing
-    assert generator.dropout.p == generator.blocks[1].dropout.p == 0.25  # pyright: ignore[reportAttributeAccessIssue]
+    assert generator.dropout.p == generator.blocks[1].dropout.p == 0.25
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.cli import main
@@ -75,7 +75,6 @@ def test_a_full_disk_while_saving(pair: Path, tmp_path: Path, monkeypatch: pytes
     recipe = tiny.recipe(pair, "training.steps=4", "training.save_every=1")
     through = quiet(recipe, tmp_path / "through")
     run = tmp_path / "run"
-    save = torch.distributed.checkpoint.save
 
     def full(state: Any, *, checkpoint_id: Path, **settings: Any) -> Any:
         if checkpoint_id.name != ".writing-step-00000003":
@@ -85,7 +84,7 @@ def test_a_full_disk_while_saving(pair: Path, tmp_path: Path, monkeypatch: pytes
         raise CheckpointException("write", {0: (error, None)}) if wrapped else error  # pyright: ignore[reportArgumentType]
 
     with monkeypatch.context() as patch:
-        patch.setattr("varpi.training.state.dcp.save", full)
+        patch.setattr("varpi.training.state.save", full)
         with pytest.raises(VarpiError) as caught:
             quiet(recipe, run)
     assert str(caught.value) == (

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from varpi.errors import VarpiError
 from varpi.training.distributed import World
@@ -72,7 +74,7 @@ def save_checkpoint(
     def write() -> None:
         weights, moments = get_state_dict(model, optimizer)
         with _without_warning():
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
+            save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
         if world.is_main:
             (aside / "trainer.json").write_text(json.dumps(asdict(progress)))
             _seal(aside)
@@ -124,7 +126,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     weights, moments = get_state_dict(model, optimizer)
     try:
         with _without_warning():
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
+            load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         raise VarpiError(f"{path}: cannot be loaded into this model ({_reason(error)})") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -186,7 +188,7 @@ def _verify(folder: Path) -> None:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != expected["sha256"]:
                 raise VarpiError(f"{folder / name} is damaged: its contents are not what was written")
-        dcp.FileSystemReader(folder).read_metadata()
+        FileSystemReader(folder).read_metadata()
     except VarpiError:
         raise
     except Exception as error:
