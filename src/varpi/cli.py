@@ -90,7 +90,7 @@ def _add_train(commands: Any) -> None:
         "Carry out a recipe: a YAML file, or one that ships with varpi:\n"
         f"  {', '.join(shipped_recipes())}\n\n"
         "Under torchrun the model is sharded over all processes:\n"
-        "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=imagenet/train",
+        "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=data/imagenet/train",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     parser.add_argument("--output", help="run directory (default: runs/ and the recipe's name)")
@@ -105,7 +105,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the run directory"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    _add_device(parser)
     parser.add_argument("--print-recipe", action="store_true", help="print the complete recipe and stop")
 
 
@@ -128,6 +128,10 @@ def _train(options: argparse.Namespace) -> None:
         print(f"wrote {run / 'model.safetensors'}")
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+
+
 def _add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "generator", metavar="GENERATOR", help="checkpoint, run directory, Hub id, or `digits` for the embedded one"
@@ -136,18 +140,18 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--architecture", help="of a foreign generator, for instance llamagen-c2i-xxl")
     parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
     parser.add_argument("--image-size", type=int, help="pixels per side; needed for foreign generators")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    _add_device(parser)
 
 
 def _load_pair(options: argparse.Namespace) -> tuple[Any, Any]:
-    from varpi.training.distributed import check_device
+    from varpi.training.distributed import choose_device
     from varpi.weights import check_pair, load_generator, load_tokenizer
 
-    check_device(options.device)
+    device = choose_device(options.device)
     generator = load_generator(
-        options.generator, architecture=options.architecture, image_size=options.image_size, device=options.device
+        options.generator, architecture=options.architecture, image_size=options.image_size, device=device
     )
-    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=options.device)
+    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)
     check_pair(generator, tokenizer)
     side = generator.grid * tokenizer.downsample
     if options.image_size not in (None, side):
@@ -303,7 +307,7 @@ def _add_encode(commands: Any) -> None:
     parser.add_argument("--image-size", type=int, required=True, help="pixels per side")
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    _add_device(parser)
     parser.add_argument("--output", required=True, help="the safetensors file to write")
 
 
@@ -313,16 +317,16 @@ def _encode(options: argparse.Namespace) -> None:
 
     from varpi.data import BadImage, open_dataset
     from varpi.files import write_aside
-    from varpi.training.distributed import check_device
+    from varpi.training.distributed import choose_device
     from varpi.weights import load_tokenizer
 
-    check_device(options.device)
+    device = choose_device(options.device)
     if options.batch_size < 1:
         raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
     if Path(options.output).exists():
         raise VarpiError(f"{options.output} already exists; choose another --output")
     dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
-    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=options.device)
+    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)
     tokens, classes, indices = [], [], []
     for start in range(0, len(dataset), options.batch_size):
         images = []
@@ -336,7 +340,7 @@ def _encode(options: argparse.Namespace) -> None:
             classes.append(item.condition)
             indices.append(index)
         if images:
-            tokens.append(tokenizer.encode(torch.stack(images).to(options.device)).int().cpu())
+            tokens.append(tokenizer.encode(torch.stack(images).to(device)).int().cpu())
     if not tokens:
         raise VarpiError(f"{options.data}: none of its {len(dataset)} images could be read")
     tensors = {"tokens": torch.cat(tokens), "classes": torch.tensor(classes), "indices": torch.tensor(indices)}
@@ -381,15 +385,15 @@ def _add_report(commands: Any) -> None:
     parser.add_argument(
         "--samples", type=int, default=4, help="images per class shown, 0 for none (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    _add_device(parser)
 
 
 def _report(options: argparse.Namespace) -> None:
     from varpi.pages import report_run
-    from varpi.training.distributed import check_device
+    from varpi.training.distributed import choose_device
 
-    check_device(options.device)
-    print(f"wrote {report_run(Path(options.run_directory), per_class=options.samples, device=options.device)}")
+    device = choose_device(options.device)
+    print(f"wrote {report_run(Path(options.run_directory), per_class=options.samples, device=device)}")
 
 
 def _add_doctor(commands: Any) -> None:

@@ -51,21 +51,22 @@ class World:
         return tensor.item()
 
 
-def check_device(device: str) -> None:
-    """Raise VarpiError unless `device` is one that this machine has."""
+def choose_device(device: str | None) -> str:
+    """`device`, or when it is None CUDA where there is any; raises VarpiError unless this machine has it."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise VarpiError(f"device {device!r}: must be cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
         found = f"only {count} CUDA device(s)" if count else "no CUDA device"
         raise VarpiError(f"device {device}: this machine has {found} that torch can use; try --device cpu")
+    return device
 
 
 def join_world(device: str | None) -> World:
     """Join the processes that torchrun started, or be the only one. `device` None: CUDA when there is any."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, device)
