@@ -30,7 +30,7 @@ FIRST_SEED = 1000
 MARKER = "demo.json"
 
 
-def demo(output: Path, *, steps: int | None = None, samples: int = 800, seeds: int = 3) -> Path:
+def demo(output: Path, *, steps: int | None = None, samples: int = 600, seeds: int = 3) -> Path:
     """Carry it out in `output`; returns the page. An earlier demo there is replaced, anything else refused."""
     if samples < 50 or samples % 10:
         raise VarpiError(f"--samples is {samples}; it must be a multiple of 10 and at least 50")
