@@ -68,7 +68,7 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--output", default="runs/demo", help="directory for the results (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
-    parser.add_argument("--samples", type=int, default=600, help="images per evaluation (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, help="images per evaluation (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds per evaluation (default: %(default)s)")
 
 
