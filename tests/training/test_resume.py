@@ -140,6 +140,7 @@ def test_sigterm_saves_and_exits_zero(pair: Path, tmp_path: Path, monkeypatch: p
     assert numbers(run) == numbers(through)
 
 
+@pytest.mark.timeout(900)  # five program starts, on a machine that may be busy
 def test_sigkill_at_random_moments(pair: Path, tmp_path: Path) -> None:
     """The short form of tests/soak.py: three SIGKILLs and a SIGTERM, each at a moment nobody chose."""
     settings = ["training.steps=60", "training.save_every=3"]
