@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from varpi.errors import VarpiError
+from varpi.files import write_text
 from varpi.recipe import Logging
 
 Metrics = dict[str, float]
@@ -101,9 +102,7 @@ def _reopen(path: Path, start: int) -> Any:
     """Open for appending, keeping only what was logged up to step `start`."""
     if path.exists():
         kept = [row for row in read_metrics(path.parent) if row["step"] <= start]
-        aside = path.with_name(f".writing-{path.name}")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return path.open("a")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from varpi.data import BadImage, Batch, Batches, Dataset, Item, open_dataset
 from varpi.errors import VarpiError
+from varpi.files import write_text
 from varpi.generators import Generator
 from varpi.methods import Method, build_method
 from varpi.recipe import Optimizer, Recipe, read_yaml
@@ -36,7 +37,6 @@ from varpi.training.state import (
     load_checkpoint,
     newest_whole,
     save_checkpoint,
-    write_aside,
 )
 
 # What a resumed run may do differently without being another run.
@@ -94,8 +94,8 @@ def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) ->
     _check_data(run, dataset, world)
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        write_aside(run / "recipe.yaml", recipe.to_yaml())
-        write_aside(run / "data.json", json.dumps({"fingerprint": dataset.fingerprint, "images": len(dataset)}))
+        write_text(run / "recipe.yaml", recipe.to_yaml())
+        write_text(run / "data.json", json.dumps({"fingerprint": dataset.fingerprint, "images": len(dataset)}))
     world.barrier()
 
     batches = Batches(
@@ -338,7 +338,7 @@ def _check_output(run: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a directory that holds something else."""
     if run.exists() and not run.is_dir():
         raise VarpiError(f"{run} is a file; choose another --output")
-    if not run.is_dir() or all(entry.name.startswith(".writing-") for entry in run.iterdir()):
+    if not run.is_dir() or all(entry.name.startswith(".") for entry in run.iterdir()):
         return
     if not (run / "recipe.yaml").is_file():
         raise VarpiError(f"{run} is not empty and holds no run; choose another --output")

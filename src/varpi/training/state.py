@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from varpi.errors import VarpiError
+from varpi.files import write_text
 from varpi.training.distributed import World
 
 
@@ -138,16 +139,6 @@ def full_weights(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Replace a text file so that a reader sees the old or the new one, never a part."""
-    aside = path.with_name(f".writing-{path.name}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def _together(world: World, work: Callable[[], None]) -> None:
     """Work on every process; a failure on one fails all, so that none waits for it for ever."""
     error: BaseException | None = None
@@ -175,7 +166,7 @@ def _seal(folder: Path) -> None:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_aside(folder / "manifest.json", json.dumps(manifest))
+    write_text(folder / "manifest.json", json.dumps(manifest))
     _sync(folder)
 
 
