@@ -192,6 +192,7 @@ def _add_sample(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    import numpy as np
     import torch
 
     from varpi.evaluation import resize_384_to_256, save_grid, save_npz, save_png, to_uint8
@@ -220,11 +221,12 @@ def _sample(options: argparse.Namespace) -> None:
     }
     classes = _classes(options, generator.config.num_classes)
     tokens = generate(generator, classes, **settings, progress=sys.stderr.isatty())
-    with torch.inference_mode():
-        parts = [tokenizer.decode(part) for part in tokens.split(options.batch_size)]
-    if options.resize is not None:
-        parts = [resize_384_to_256(part) for part in parts]
-    images = to_uint8(torch.cat(parts))
+    parts = []
+    for part in tokens.split(options.batch_size):  # only the bytes of all images are ever in memory together
+        with torch.inference_mode():
+            decoded = tokenizer.decode(part)
+        parts.append(to_uint8(decoded if options.resize is None else resize_384_to_256(decoded)))
+    images = np.concatenate(parts)
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_png(output / f"{i:05d}.png", image)
