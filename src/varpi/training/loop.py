@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import math
 import signal
 import threading
@@ -403,8 +404,6 @@ class _Silent:
 
 
 def _warn(message: str) -> None:
-    import logging
-
     logging.getLogger("varpi").warning(message)
 
 
