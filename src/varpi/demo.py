@@ -155,7 +155,7 @@ def _paragraph(samples: int, seeds: int, reference: int, training: Any) -> str:
         "of the same images: once by VA-π, whose reward compares decoded samples with the image in pixels and "
         "features, and once by cross-entropy alone, with the same images in the same order. Each row is measured on "
         f"{samples} free-running samples per seed, {seeds} sampling seeds, against {reference} test digits that no "
-        "model saw, in the features of a judge that had no part in training. docs/log.md tells how settings were chosen."
+        "model saw, in the features of a judge that had no part in training. docs/log.md has all the trials."
     )
 
 
