@@ -26,7 +26,7 @@ from varpi.weights import (
     export_original,
     load_generator,
     load_tokenizer,
-    read_state_dict,
+    read_checkpoint,
     save_generator,
     save_tokenizer,
     sha256_of,
@@ -214,7 +214,7 @@ def test_own_format_round_trip(generator: LlamaGen, tokenizer: VQ, tmp_path: Pat
         assert isinstance(loaded, LlamaGen)
         assert loaded.config == CONFIG
         assert_same(loaded, generator)
-    metadata = read_state_dict(path)[1]
+    metadata = read_checkpoint(path).metadata
     assert metadata is not None
     assert metadata["step"] == "7"
     description = json.loads(metadata["varpi"])

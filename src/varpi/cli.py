@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def _command(commands: Any, name: str, run: Any, short: str, long: str) -> argpa
     parser = commands.add_parser(
         name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(run=run)
+    if run is not None:
+        parser.set_defaults(run=run)
     return parser
 
 
@@ -136,27 +138,57 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "generator", metavar="GENERATOR", help="checkpoint, run directory, Hub id, or `digits` for the embedded one"
     )
-    parser.add_argument("--tokenizer", required=True, help="checkpoint, Hub id, or `digits`")
+    parser.add_argument(
+        "--tokenizer", help="checkpoint, Hub id, or `digits` (default: the run's; a transformers model brings its own)"
+    )
     parser.add_argument("--architecture", help="of a foreign generator, for instance llamagen-c2i-xxl")
     parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
-    parser.add_argument("--image-size", type=int, help="pixels per side; needed for foreign generators")
+    parser.add_argument("--image-size", type=int, help="pixels per side; needed for LlamaGen's own files")
+    parser.add_argument(
+        "--text-encoder", help="T5 directory or Hub id, for LlamaGen with captions (default: the run's, if it has one)"
+    )
     _add_device(parser)
 
 
 def _load_pair(options: argparse.Namespace) -> tuple[Any, Any]:
+    from varpi.generators.pretrained import PretrainedGenerator
+    from varpi.methods.pair import give_text_encoder
     from varpi.training.distributed import choose_device
     from varpi.weights import check_pair, load_generator, load_tokenizer
 
     device = choose_device(options.device)
-    generator = load_generator(
+    recipe = _recipe_of(options.generator)
+    generator: Any = load_generator(
         options.generator, architecture=options.architecture, image_size=options.image_size, device=device
     )
-    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)
+    source, architecture = options.tokenizer, options.tokenizer_architecture
+    if source is None and isinstance(generator, PretrainedGenerator):
+        source, architecture = options.generator, options.architecture
+    elif source is None and recipe is not None and recipe.tokenizer is not None:
+        source = recipe.tokenizer.source
+        named = recipe.tokenizer.architecture
+        architecture = named if isinstance(named, str) else None
+    if source is None:
+        raise VarpiError("--tokenizer is missing: a checkpoint, a Hub id, or `digits`")
+    tokenizer = load_tokenizer(source, architecture=architecture, device=device)
     check_pair(generator, tokenizer)
     side = generator.grid * tokenizer.downsample
     if options.image_size not in (None, side):
         raise VarpiError(f"--image-size {options.image_size}: this pair makes images of {side} pixels")
+    encoder = options.text_encoder
+    if encoder is None and recipe is not None and recipe.generator is not None:
+        encoder = recipe.generator.text_encoder
+    if encoder is not None:
+        give_text_encoder(generator, encoder, device)
     return generator, tokenizer
+
+
+def _recipe_of(source: str) -> Any:
+    """The recipe of a run directory; None for anything else."""
+    from varpi.recipe import parse_recipe, read_yaml
+
+    path = Path(source, "recipe.yaml")
+    return parse_recipe(read_yaml(path), str(path)) if path.is_file() else None
 
 
 def _add_sample(commands: Any) -> None:
@@ -165,8 +197,8 @@ def _add_sample(commands: Any) -> None:
         "sample",
         _sample,
         "generate images",
-        "Generate images free-running. Writes OUTPUT/00000.png …, grid.png, samples.npz (ADM's layout: arr_0) and\n"
-        "sample.json with every setting.",
+        "Generate images free-running, of classes or of prompts, as the generator is conditioned. Writes\n"
+        "OUTPUT/00000.png …, grid.png, samples.npz (ADM's layout: arr_0) and sample.json with every setting.",
     )
     _add_pair(parser)
     parser.add_argument("--output", required=True, help="directory for the images; must not exist or be empty")
@@ -174,6 +206,13 @@ def _add_sample(commands: Any) -> None:
     which.add_argument("--classes", help="class ids, separated by commas: one image each")
     which.add_argument("--per-class", type=int, metavar="N", help="N images of every class")
     which.add_argument("--count", type=int, metavar="N", help="N images of classes drawn at random")
+    which.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    which.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with the key prompt or text")
+    which.add_argument("--captions", metavar="DATA", help="the captions of a data source, such as `captioned-digits`")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="images of each (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="of --captions (default: %(default)s)")
+    parser.add_argument("--caption-column", action="append", metavar="NAME", help="of --captions; may be repeated")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts or captions")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="images in flight (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: %(default)s)")
@@ -200,6 +239,7 @@ def _sample(options: argparse.Namespace) -> None:
     from varpi.weights import sha256_of
 
     output = _fresh_directory(options.output)
+    prompts = _prompts(options)
     generator, tokenizer = _load_pair(options)
     side = generator.grid * tokenizer.downsample
     if options.resize is not None and (side, options.resize) != (384, 256):
@@ -219,8 +259,8 @@ def _sample(options: argparse.Namespace) -> None:
             "batch_size",
         )
     }
-    classes = _classes(options, generator.config.num_classes)
-    tokens = generate(generator, classes, **settings, progress=sys.stderr.isatty())
+    condition = _classes(options, generator.num_classes) if prompts is None else prompts
+    tokens = generate(generator, condition, **settings, progress=sys.stderr.isatty())
     parts = []
     for part in tokens.split(options.batch_size):  # only the bytes of all images are ever in memory together
         with torch.inference_mode():
@@ -238,15 +278,47 @@ def _sample(options: argparse.Namespace) -> None:
         "tokenizer": options.tokenizer,
         "resize": options.resize,
         **settings,
-        "classes": classes.tolist(),
+        **({"classes": condition.tolist()} if prompts is None else {"prompts": prompts}),
     }
     (output / "sample.json").write_text(json.dumps(record))
     print(f"wrote {len(images)} images to {output}")
 
 
-def _classes(options: argparse.Namespace, num_classes: int) -> Any:
+def _prompts(options: argparse.Namespace) -> list[str] | None:
+    """What to write images of, each `per_prompt` times; None when classes are asked for."""
+    from varpi.data import BadImage, Dropped, open_dataset
+    from varpi.data.prompts import read_prompts
+
+    if options.per_prompt < 1 or (options.limit is not None and options.limit < 1):
+        raise VarpiError("--per-prompt and --limit must be at least 1")
+    if options.prompt is not None:
+        prompts = options.prompt
+    elif options.prompts is not None:
+        prompts = read_prompts(options.prompts)
+    elif options.captions is not None:
+        dataset: Any = open_dataset(
+            options.captions, image_size=32, split=options.split, caption_column=options.caption_column
+        )
+        if dataset.num_classes is not None:
+            raise VarpiError(f"--captions {options.captions}: it has classes, not captions; try --caption-column")
+        prompts = []
+        for i in range(len(dataset)):
+            if len(prompts) == options.limit:
+                break
+            with suppress(BadImage, Dropped):
+                prompts.append(dataset.caption(i))
+        if not prompts:
+            raise VarpiError(f"--captions {options.captions}: none of its {len(dataset)} rows has a usable caption")
+    else:
+        return None
+    return [prompt for prompt in prompts[: options.limit] for _ in range(options.per_prompt)]
+
+
+def _classes(options: argparse.Namespace, num_classes: int | None) -> Any:
     import torch
 
+    if num_classes is None:
+        raise VarpiError("this generator is conditioned on text: give --prompt, --prompts or --captions")
     if options.classes is not None:
         try:
             return torch.tensor([int(part) for part in options.classes.split(",")])
@@ -294,12 +366,21 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _add_encode(commands: Any) -> None:
-    parser = _command(
+    group = _command(
         commands,
         "encode",
-        _encode,
-        "turn images into tokens",
-        "Encode every image of a data source. Writes a safetensors file: tokens int32 (images, N) and classes int64.",
+        None,
+        "turn images into tokens, or captions into features",
+        "Do once what training would do again and again: `varpi encode images` and `varpi encode captions`.",
+    )
+    kinds = group.add_subparsers(dest="kind", required=True, metavar="KIND")
+    parser = _command(
+        kinds,
+        "images",
+        _encode_images,
+        "images into tokens",
+        "Encode every image of a data source. Writes a safetensors file: tokens int32 (images, N), indices int64, and\n"
+        "classes int64 where the source has them.",
     )
     parser.add_argument(
         "data", metavar="DATA", help="folder of class folders, HF dataset, parquet, Hub id, or `digits`"
@@ -312,12 +393,72 @@ def _add_encode(commands: Any) -> None:
     _add_device(parser)
     parser.add_argument("--output", required=True, help="the safetensors file to write")
 
+    parser = _command(
+        kinds,
+        "captions",
+        _encode_captions,
+        "captions into T5 features",
+        "Encode every caption of a data source for LlamaGen, a file each, in its own layout: OUTPUT/SHARD/SAMPLE.npy\n"
+        "for tar shards, OUTPUT/FILE/LINE.npy for jsonl files, OUTPUT/rows/ROW.npy for tables. Train with them by\n"
+        "--set data.caption_features=OUTPUT. Files that are there already are kept, so an interrupted run goes on;\n"
+        "under torchrun every process encodes its share.",
+    )
+    parser.add_argument("data", metavar="DATA", help="tar shards, jsonl files, HF dataset, parquet, or Hub id")
+    parser.add_argument("--text-encoder", default="google/flan-t5-xl", help="T5 directory or Hub id (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=120, help="a caption's longest (default: %(default)s)")
+    parser.add_argument(
+        "--caption-column", action="append", metavar="NAME", help="in order of preference; may be repeated"
+    )
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument(
+        "--format",
+        choices=("npy", "safetensors"),
+        default="npy",
+        help="npy is LlamaGen's, float32; safetensors is bfloat16, half as large (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="captions at once (default: %(default)s)")
+    _add_device(parser)
+    parser.add_argument("--output", required=True, help="the folder of the features")
 
-def _encode(options: argparse.Namespace) -> None:
+
+def _encode_captions(options: argparse.Namespace) -> None:
+    from varpi.data import open_dataset
+    from varpi.data.features import encode_captions
+    from varpi.data.text_encoder import TextEncoder
+    from varpi.training.distributed import choose_device
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(options.device)
+    if device == "cuda" and world_size > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    dataset: Any = open_dataset(
+        options.data, image_size=1, split=options.split, caption_column=options.caption_column, min_side=0
+    )
+    if dataset.num_classes is not None:
+        raise VarpiError(f"{options.data}: it has classes, not captions; try --caption-column")
+    counts = encode_captions(
+        dataset,
+        TextEncoder(options.text_encoder, max_tokens=options.max_tokens, device=device),
+        Path(options.output),
+        form=options.format,
+        batch_size=options.batch_size,
+        rank=rank,
+        world_size=world_size,
+        progress=rank == 0 and sys.stderr.isatty(),
+    )
+    print(
+        f"wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there already, "
+        f"{counts.dropped} of {len(dataset)} rows have no usable caption"
+    )
+
+
+def _encode_images(options: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from varpi.data import BadImage, open_dataset
+    from varpi.data import BadImage, Dropped, open_dataset
     from varpi.files import write_aside
     from varpi.training.distributed import choose_device
     from varpi.weights import load_tokenizer
@@ -335,7 +476,7 @@ def _encode(options: argparse.Namespace) -> None:
         for index in range(start, min(start + options.batch_size, len(dataset))):
             try:
                 item = dataset[index]
-            except BadImage as error:
+            except (BadImage, Dropped) as error:
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
             images.append(item.image)
@@ -345,7 +486,9 @@ def _encode(options: argparse.Namespace) -> None:
             tokens.append(tokenizer.encode(torch.stack(images).to(device)).int().cpu())
     if not tokens:
         raise VarpiError(f"{options.data}: none of its {len(dataset)} images could be read")
-    tensors = {"tokens": torch.cat(tokens), "classes": torch.tensor(classes), "indices": torch.tensor(indices)}
+    tensors = {"tokens": torch.cat(tokens), "indices": torch.tensor(indices)}
+    if dataset.num_classes is not None:
+        tensors["classes"] = torch.tensor(classes)
     metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
     write_aside(options.output, lambda aside: save_file(tensors, aside, metadata=metadata))
     print(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
@@ -356,12 +499,13 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         _export,
-        "write a checkpoint that LlamaGen's own code loads",
+        "write a checkpoint that the original code loads",
         "Write a generator or tokenizer under the names of LlamaGen's released files: a plain dictionary of tensors\n"
-        "(torch.save), or safetensors when the output's name ends so.",
+        "(torch.save), or safetensors when the output's name ends so. A transformers model (Janus) becomes a\n"
+        "directory for from_pretrained. Adapters (LoRA) are merged.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, file, or `digits`")
-    parser.add_argument("--output", required=True, help="the file to write (.pt, .pth or .safetensors)")
+    parser.add_argument("--output", required=True, help="the file (.pt, .pth, .safetensors) or directory to write")
     parser.add_argument("--tokenizer", action="store_true", help="the checkpoint is a tokenizer")
 
 
@@ -385,7 +529,7 @@ def _add_report(commands: Any) -> None:
     )
     parser.add_argument("run_directory", metavar="RUN", help="directory of a training run")
     parser.add_argument(
-        "--samples", type=int, default=4, help="images per class shown, 0 for none (default: %(default)s)"
+        "--samples", type=int, default=4, help="images per class or caption, 0 for none (default: %(default)s)"
     )
     _add_device(parser)
 
@@ -395,7 +539,7 @@ def _report(options: argparse.Namespace) -> None:
     from varpi.training.distributed import choose_device
 
     device = choose_device(options.device)
-    print(f"wrote {report_run(Path(options.run_directory), per_class=options.samples, device=device)}")
+    print(f"wrote {report_run(Path(options.run_directory), per_condition=options.samples, device=device)}")
 
 
 def _add_doctor(commands: Any) -> None:

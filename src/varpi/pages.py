@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ from torch import Tensor
 
 import varpi
 from varpi import objective
-from varpi.data import Dataset
+from varpi.data import BadImage, Dataset, Dropped
 from varpi.errors import VarpiError
 from varpi.evaluation import to_uint8
-from varpi.methods.pair import open_generator, open_tokenizer
-from varpi.recipe import parse_recipe, read_yaml
+from varpi.methods.pair import give_text_encoder, open_generator, open_tokenizer
+from varpi.recipe import Recipe, parse_recipe, read_yaml
 from varpi.report import Reconstruction, RunReport, SampleGrid, write
 from varpi.sampling import generate
 from varpi.training import read_metrics
+from varpi.training.batches import open_batches, open_split
+from varpi.training.distributed import World
 from varpi.weights import load_generator
+
+CAPTIONS = 8
+"""Captions that a page shows samples of."""
 
 
 @torch.inference_mode()
@@ -27,10 +33,15 @@ def decode(tokenizer: Any, tokens: Tensor, batch_size: int = 100) -> Tensor:
     return torch.cat([tokenizer.decode(part) for part in tokens.split(batch_size)])
 
 
-def sample_grid(caption: str, generator: Any, tokenizer: Any, classes: Tensor, seed: int) -> SampleGrid:
-    """Free-running samples, one per class id; the same seed gives the same random numbers to every model."""
-    tokens = generate(generator, classes, seed=seed)
-    return SampleGrid(caption, to_uint8(decode(tokenizer, tokens)), classes.tolist())
+def sample_grid(
+    caption: str, generator: Any, tokenizer: Any, condition: Any, seed: int, asked: Sequence[str] | None = None
+) -> SampleGrid:
+    """Free-running samples, one per class id or caption; the same seed gives the same random numbers to every model.
+
+    asked: what to call the conditions, where these are not class ids.
+    """
+    tokens = generate(generator, condition, seed=seed)
+    return SampleGrid(caption, to_uint8(decode(tokenizer, tokens)), condition.tolist() if asked is None else asked)
 
 
 @torch.inference_mode()
@@ -75,24 +86,26 @@ def environment() -> dict[str, str]:
     }
 
 
-def report_run(run: Path, *, per_class: int, device: str) -> Path:
+def report_run(run: Path, *, per_condition: int, device: str) -> Path:
     """Write RUN/report.html for a training run; returns its path.
 
-    With `per_class` > 0, samples of the generator before and after, of ten classes at most.
+    With `per_condition` > 0, samples of the generator before and after, of ten classes or eight captions at most.
     """
     rows = read_metrics(run)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml"))
     grids = []
     model = run / "model.safetensors"
-    if per_class > 0 and recipe.generator is not None and recipe.tokenizer is not None and model.is_file():
+    if per_condition > 0 and recipe.generator is not None and recipe.tokenizer is not None and model.is_file():
         tokenizer = open_tokenizer(recipe.tokenizer, device)
         tuned: Any = load_generator(model, device=device)
-        classes = torch.arange(min(10, tuned.config.num_classes)).repeat(per_class)
+        if recipe.generator.text_encoder is not None:
+            give_text_encoder(tuned, recipe.generator.text_encoder, device)
+        condition, asked = _examples(recipe, tuned.num_classes, per_condition)
         if recipe.generator.source is not None:
-            base = open_generator(recipe.generator, recipe.data.image_size, device)
-            grids.append(sample_grid("before", base, tokenizer, classes, seed=0))
+            base = open_generator(recipe, device)
+            grids.append(sample_grid("before", base, tokenizer, condition, 0, asked))
             del base
-        grids.append(sample_grid("after", tuned, tokenizer, classes, seed=0))
+        grids.append(sample_grid("after", tuned, tokenizer, condition, 0, asked))
     page = RunReport(
         title=f"{recipe.method.name} · {run.name}",
         paragraph=f"{costs(run)['steps']} updates of {recipe.training.batch_size} images of {recipe.data.source} by "
@@ -106,3 +119,20 @@ def report_run(run: Path, *, per_class: int, device: str) -> Path:
     )
     write(run / "report.html", page)
     return run / "report.html"
+
+
+def _examples(recipe: Recipe, num_classes: int | None, each: int) -> tuple[Any, list[str] | None]:
+    """Conditions to sample, `each` of every kind, and what to call them where they are not class ids."""
+    if num_classes is not None:
+        return torch.arange(min(10, num_classes)).repeat(each), None
+    if recipe.data.stream:
+        captions = next(open_batches(recipe, World(0, 1, "cpu")).from_cursor(0)).condition[:CAPTIONS]
+        return captions * each, captions * each
+    dataset: Any = open_split(recipe.data, recipe.data.split)
+    found: list[tuple[Any, str]] = []
+    for i in range(len(dataset)):
+        with suppress(BadImage, Dropped):
+            found.append((dataset[i].condition, dataset.caption(i)))
+        if len(found) == CAPTIONS:
+            break
+    return [condition for condition, _ in found] * each, [caption for _, caption in found] * each

@@ -52,6 +52,10 @@ class GeneratorSection(Section):
     """A name such as llamagen-c2i-xxl, or the fields of LlamaGenConfig; none: what the checkpoint says."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] | None = None
     """Replaces the checkpoint's dropout rate."""
+    text_encoder: str | None = None
+    """T5 directory or Hub id that encodes captions as they come, for a generator that reads caption features."""
+    compat: dict[str, bool] = {}
+    """Where to follow released code against the model itself; see the generator's file."""
 
 
 class TokenizerSection(Section):
@@ -63,17 +67,35 @@ class TokenizerSection(Section):
 
 class DataSection(Section):
     source: str
-    """A folder of class folders, a Hugging Face dataset directory, parquet files, a Hub id, or `digits`."""
+    """A folder of class folders, tar shards or jsonl files; a Hugging Face dataset, parquet, a Hub id; `digits`."""
     image_size: Count
     """Side of the square training images, in pixels."""
     split: str = "train"
     """The split to train on, where the source has splits."""
     image_column: str = "image"
     label_column: str = "label"
+    caption_column: str | list[str] | None = None
+    """Field of the captions, or several in order of preference; dots reach into JSON (`sentences.0.raw`)."""
+    caption_features: str | None = None
+    """Folder that `varpi encode captions` filled; conditions are then these features."""
+    min_side: Annotated[Int, Field(ge=0)] | None = None
+    """Captioned images with a shorter side of fewer pixels are left out; none: image_size."""
+    stream: bool = False
+    """Read the data in order, as it comes, for sources that are too large to hold."""
+    shuffle_buffer: Count | None = None
+    """Images that a stream shuffles among, beside its files; none: 1000."""
     workers: Annotated[Int, Field(ge=0)] = 0
     """Processes that read and crop images; 0 reads in the training process."""
     max_bad_fraction: Share = 0.01
-    """The run stops when more than this share of the images read so far could not be used."""
+    """The run stops when more than this share of the images read so far could not be read."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.stream and self.caption_features is not None:
+            raise ValueError("caption_features cannot be looked up for a stream; leave out one of the two")
+        if not self.stream and self.shuffle_buffer is not None:
+            raise ValueError("shuffle_buffer is for streams; set stream: true or leave it out")
+        return self
 
 
 class Reward(Section):
@@ -175,6 +197,17 @@ class Classifier(Section):
 MethodSection = Annotated[VaPi | NextToken | VqTokenizer | Classifier, Field(discriminator="name")]
 
 
+class Lora(Section):
+    """Trains low-rank adapters (arXiv 2106.09685) instead of the weights, which are frozen and, in bf16, held so."""
+
+    rank: Count = 16
+    alpha: Annotated[Float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | None = None
+    """Last parts of the names of the linear layers to adapt; none: all of the transformer's blocks."""
+
+
 class Optimizer(Section):
     """AdamW; norms are not decayed."""
 
@@ -247,6 +280,7 @@ class Recipe(Section):
     training: Training
     generator: GeneratorSection | None = None
     tokenizer: TokenizerSection | None = None
+    lora: Lora | None = None
     validation: Validation | None = None
     logging: Logging = Logging()
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
@@ -266,6 +300,10 @@ class Recipe(Section):
                 raise ValueError(f"method {self.method.name} {'needs a' if name in needs else 'has no'} {name}")
             if section is not None and section.source is None and section.architecture is None:
                 raise ValueError(f"{name}.source is missing: give a checkpoint, or an architecture to start afresh")
+        if self.lora is not None and "generator" not in needs:
+            raise ValueError(f"lora is for generators; method {self.method.name} trains none")
+        if self.lora is not None and self.generator is not None and self.generator.source is None:
+            raise ValueError("lora adapts a pretrained generator: generator.source is missing")
         if isinstance(self.method, VaPi):
             assert self.generator is not None
             assert self.tokenizer is not None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from varpi.data import BadImage, open_dataset, to_tensor
+from varpi.data import BadImage, Dropped, open_dataset, to_tensor
+from varpi.data.hub import decode_cell
 from varpi.errors import VarpiError
 
 
@@ -177,3 +178,75 @@ def test_damaged_containers(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(VarpiError, match=r"notes\.txt, which is not a \.parquet file"):
         open_dataset(f"{tmp_path}/*.*", image_size=16)
+
+
+def _captioned(path: Path, **columns: list) -> Path:
+    rows = len(next(iter(columns.values())))
+    images = [{"bytes": _png(red), "path": f"{red}.png"} for red in range(rows)]
+    pq.write_table(pa.table({"image": images, **columns}), path)
+    return path
+
+
+def test_captions_of_the_first_column_that_has_one(tmp_path: Path) -> None:
+    """FLUX-Reason-6M: caption_original where it is given, else caption_detail; either may be null."""
+    original, detail = ["one", None, " ", None], ["long one", "long two", None, "long four"]
+    path = _captioned(tmp_path / "a.parquet", caption_original=original, caption_detail=detail)
+    table = open_dataset(path, image_size=16, caption_column=["caption_original", "caption_detail"])
+    assert (len(table), table.num_classes, table.class_names) == (4, None, None)
+    assert _reds_but(table, 2) == [0, 1, 3]
+    assert [table[index].condition for index in (0, 1, 3)] == ["one", "long two", "long four"]
+    assert [table.caption(index) for index in (0, 1, 3)] == ["one", "long two", "long four"]
+    assert [table.key(index) for index in (0, 3)] == ["rows/0", "rows/3"]
+    for look in (table.caption, table.__getitem__):
+        with pytest.raises(
+            Dropped, match=r"a\.parquet\[train\] row 2: no caption in caption_original or caption_detail"
+        ):
+            look(2)
+
+
+def _reds_but(dataset, *left_out: int) -> list[int]:
+    indices = [index for index in range(len(dataset)) if index not in left_out]
+    return [round((float(dataset[index].image[0, 8, 8]) + 1) * 127.5) for index in indices]
+
+
+def test_captions_in_structs_and_lists(tmp_path: Path) -> None:
+    columns = {"meta": [{"caption": "inner"}, None], "texts": [["a", "b"], ["c", "d"]], "a.b": ["dots", "more"]}
+    path = _captioned(tmp_path / "a.parquet", **columns)
+    assert open_dataset(path, image_size=16, caption_column=["meta.caption", "texts.1"])[1].condition == "d"
+    assert open_dataset(path, image_size=16, caption_column="meta.caption")[0].condition == "inner"
+    assert open_dataset(path, image_size=16, caption_column="a.b")[1].condition == "more"
+
+
+@pytest.mark.parametrize(
+    ("columns", "caption_column", "message"),
+    [
+        ({"text": ["a"]}, "caption", r"no column 'caption'; set caption_column to one of its columns \(image, text\)"),
+        ({"text": ["a"]}, ["text", "meta.caption"], "no column 'meta'; set caption_column"),
+        ({"text": [None, " "], "other": ["", None]}, ["text", "other"], "no row has a caption in text or other"),
+        ({"text": [1, 2]}, "text", "no row has a caption in text; set caption_column"),
+    ],
+)
+def test_captions_that_are_not_there(columns: dict, caption_column: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=message):
+        open_dataset(_captioned(tmp_path / "a.parquet", **columns), image_size=16, caption_column=caption_column)
+
+
+def test_fingerprint_of_captions(tmp_path: Path) -> None:
+    def fingerprint(name: str, captions: list[str]) -> str:
+        path = _captioned(tmp_path / name, text=captions)
+        return open_dataset(path, image_size=16, caption_column="text").fingerprint
+
+    assert fingerprint("a.parquet", ["one", "two"]) == fingerprint("b.parquet", ["one", "two"])
+    assert fingerprint("c.parquet", ["one", "two"]) != fingerprint("d.parquet", ["one", "three"])
+
+
+def test_images_that_lie_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Files:
+        def cat_file(self, path: str) -> bytes:
+            return _png({"org/cat.png": 7}[path])
+
+    monkeypatch.setattr("fsspec.url_to_fs", lambda url: (Files(), url.removeprefix("hf://")))
+    cell = {"bytes": None, "path": "hf://org/cat.png"}
+    assert round((float(decode_cell(cell, "row 1", 16)[0, 8, 8]) + 1) * 127.5) == 7
+    with pytest.raises(BadImage, match=r"row 2 \(hf://org/dog\.png\): cannot be fetched"):
+        decode_cell({"bytes": None, "path": "hf://org/dog.png"}, "row 2", 16)

@@ -7,7 +7,8 @@ from itertools import islice
 import pytest
 import torch
 
-from varpi.data import BadImage, Batch, Batches, Item, open_dataset
+from varpi.data import BadImage, Batch, Batches, Dropped, Item, open_dataset
+from varpi.data.loader import collate_conditions
 from varpi.errors import VarpiError
 
 
@@ -182,6 +183,104 @@ def test_contradictions_are_refused(arguments: dict, message: str) -> None:
         Batches(Numbers(9), **{"batch_size": 4, "seed": 0, **arguments})
     with pytest.raises(VarpiError, match="dataset is empty"):
         Batches(Numbers(0), batch_size=4, seed=0)
+
+
+class Captions:
+    """A dataset whose item i has the caption "item i", or features of i + 1 rows; those in `gone` are left out."""
+
+    num_classes = None
+    class_names = None
+    fingerprint = "captions"
+
+    def __init__(self, size: int, gone: frozenset[int] = frozenset(), *, features: bool = False) -> None:
+        self._size = size
+        self._gone = gone
+        self._features = features
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Item:
+        if index in self._gone:
+            raise Dropped(f"{index}.jpg: no caption")
+        condition = torch.full((index + 1, 2), float(index)) if self._features else f"item {index}"
+        return Item(torch.full((3, 2, 2), float(index)), condition)
+
+
+def test_conditions_of_each_kind() -> None:
+    classes = collate_conditions([3, 1])
+    assert isinstance(classes, torch.Tensor)
+    assert (classes.dtype, classes.tolist()) == (torch.int64, [3, 1])
+    assert collate_conditions(["a", "b"]) == ["a", "b"]
+    features = [torch.zeros(2, 4), torch.zeros(5, 4)]
+    assert all(one is other for one, other in zip(collate_conditions(features), features, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_captions_and_features(workers: int) -> None:
+    for batch in islice(Batches(Captions(9), batch_size=4, seed=0, workers=workers).from_step(1), 3):
+        assert batch.condition == [f"item {index}" for index in batch.indices.tolist()]
+    batches = Batches(Captions(9, features=True), batch_size=4, seed=0, workers=workers)
+    for batch in islice(batches.from_step(1), 3):
+        assert isinstance(batch.condition, list)
+        for features, index in zip(batch.condition, batch.indices.tolist(), strict=True):
+            assert torch.equal(features, torch.full((index + 1, 2), float(index)))
+
+
+def test_cursors_are_the_numbers_of_the_next_batches() -> None:
+    batches = Batches(Numbers(10), batch_size=4, seed=0)
+    first, second = islice(batches.from_cursor(3), 2)
+    assert (first.cursor, second.cursor) == (4, 5)
+    assert _same(next(batches.from_cursor(first.cursor)), second)
+    assert batches.cursor_at(7, [3, 4]) == 7
+    assert (batches.num_classes, batches.fingerprint) == (3, "numbers")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_left_out_are_replaced_and_counted_apart(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    gone = frozenset(range(0, 40, 2))
+    batches = Batches(Captions(40, gone), batch_size=10, seed=0, workers=workers, max_bad_fraction=0)
+    plain = Batches(Captions(40), batch_size=10, seed=0)
+    dropped = 0
+    with caplog.at_level(logging.WARNING, logger="varpi.data"):
+        for step, batch in zip(range(12), batches.from_step(0), strict=False):
+            wanted = plain.at(step).indices
+            kept = wanted % 2 == 1
+            assert torch.equal(batch.indices[kept], wanted[kept])
+            assert not gone & set(batch.indices.tolist())
+            dropped += batch.dropped
+            assert (batch.bad, batches.bad, batches.dropped) == (0, 0, dropped)
+    assert dropped >= 60  # twenty in each of three epochs
+    assert batches.seen == 120 + dropped
+    counts = [int(record.getMessage().split()[2]) for record in caplog.records]
+    assert all(later >= 2 ** (earlier.bit_length()) for earlier, later in zip(counts, counts[1:], strict=False))
+    assert counts[0] <= 10
+    assert counts[-1] >= 64
+    assert caplog.records[0].getMessage().endswith(".jpg: no caption")
+
+
+def test_items_left_out_do_not_hide_unreadable_ones() -> None:
+    class Both(Captions):
+        def __getitem__(self, index: int) -> Item:
+            if index % 10 == 0:
+                raise BadImage(f"{index}.jpg: unreadable image (junk)")
+            return super().__getitem__(index)
+
+    batches = Batches(Both(100, frozenset(range(1, 100, 2))), batch_size=10, seed=0, max_bad_fraction=0.15)
+    with pytest.raises(
+        VarpiError, match=r"too many unreadable images: \d+ of \d+ images .*the last was \d+0\.jpg: unr"
+    ):
+        [batches.at(step) for step in range(40)]  # 10 of 50
+    assert batches.bad / (batches.seen - batches.dropped) > 0.15
+    assert batches.bad / batches.seen < 0.15
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_to_train_on_stops_the_run(workers: int) -> None:
+    batches = Batches(Captions(5, frozenset(range(5))), batch_size=2, seed=0, workers=workers)
+    message = r"32 items in a row cannot be trained on: 32 of 32 left out so far, the last was \d\.jpg: no caption; see"
+    with pytest.raises(VarpiError, match=message):
+        next(batches.from_step(0))
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varpi.data import BadImage, center_crop, to_tensor
+from varpi.data import BadImage, Dropped, center_crop, to_tensor
 from varpi.data.transforms import load_image, to_rgb
 
 
@@ -111,3 +111,14 @@ def test_a_thin_strip_is_a_bad_image(tmp_path: Path) -> None:
     Image.new("RGB", (1, 9000)).save(path)
     with pytest.raises(BadImage, match="1x9000 pixels"):
         load_image(path, "strip", 256)
+
+
+def test_small_images_are_dropped_by_their_header_alone(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    Image.effect_noise((300, 200), 90).save(path)
+    header = path.read_bytes()[:1000]  # decoding this much would fail
+    with pytest.raises(Dropped, match="^image: 300x200 pixels; the shorter side must have 201$"):
+        load_image(header, "image", 32, min_side=201)
+    with pytest.raises(BadImage, match="truncated"):
+        load_image(header, "image", 32, min_side=200)
+    assert load_image(path, "image", 32, min_side=200).shape == (3, 32, 32)

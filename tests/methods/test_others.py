@@ -31,7 +31,7 @@ def batches(recipe: Recipe) -> Batches:
 
 
 def build(recipe: Recipe) -> Method:
-    return build_method(recipe, open_dataset(recipe.data.source, image_size=recipe.data.image_size), "cpu")
+    return build_method(recipe, open_dataset(recipe.data.source, image_size=recipe.data.image_size).num_classes, "cpu")
 
 
 def losses(recipe: Recipe, method: Method, steps: int) -> list[dict[str, float]]:
@@ -196,7 +196,7 @@ def test_classifier_refuses_more_classes_than_it_has(pair: Path) -> None:
 def refuse_pair(recipe: Recipe) -> str:
     dataset = open_dataset(recipe.data.source, image_size=recipe.data.image_size)
     with pytest.raises(VarpiError) as caught:
-        load_pair(recipe, dataset, "cpu")
+        load_pair(recipe, dataset.num_classes, "cpu")
     return str(caught.value)
 
 
@@ -224,21 +224,26 @@ def test_pair_that_knows_too_few_classes(pair: Path, tmp_path: Path, known: int,
     save_generator(tiny.generator(config), tmp_path / "g.safetensors")
     recipe = tiny.recipe(pair, f"generator.source={tmp_path / 'g.safetensors'}")
     if fits:
-        load_pair(recipe, open_dataset(recipe.data.source, image_size=16), "cpu")
+        load_pair(recipe, open_dataset(recipe.data.source, image_size=16).num_classes, "cpu")
     else:
-        assert refuse_pair(recipe) == "data.source has 3 classes, but the generator knows 2"
+        assert refuse_pair(recipe) == "data.source has 3 classes, but the generator knows 2 classes"
 
 
 def test_pair_conditioned_on_text_needs_text(pair: Path, tmp_path: Path) -> None:
     text = {"conditioning": "text", "condition_tokens": 3, "caption_dim": 8, "num_classes": 1000}
     save_generator(tiny.generator(LlamaGenConfig(**{**vars(tiny.GENERATOR), **text})), tmp_path / "g.safetensors")
     message = refuse_pair(tiny.recipe(pair, f"generator.source={tmp_path / 'g.safetensors'}"))
-    assert message == "this generator needs a TextCondition, not list"
+    assert message.startswith("the generator is conditioned on text, but data.source gives classes; set data.caption_c")
+
+
+def test_pair_conditioned_on_classes_needs_classes(pair: Path) -> None:
+    with pytest.raises(VarpiError, match="data.source has captions, but the generator knows 3 classes"):
+        load_pair(tiny.recipe(pair), None, "cpu")
 
 
 def test_pair_is_ready_to_train(pair: Path) -> None:
     recipe = tiny.recipe(pair, "generator.dropout=0.25", "training.gradient_checkpointing=true")
-    loaded: tuple[Any, Any] = load_pair(recipe, open_dataset(recipe.data.source, image_size=16), "cpu")
+    loaded: tuple[Any, Any] = load_pair(recipe, open_dataset(recipe.data.source, image_size=16).num_classes, "cpu")
     generator, tokenizer = loaded
     assert all(p.requires_grad for p in generator.parameters())
     assert not any(p.requires_grad for p in tokenizer.parameters())
@@ -259,6 +264,7 @@ def test_wrong_architectures(pair: Path, architecture: Any, line: str) -> None:
     recipe = tiny.recipe(pair, method="next_token")
     assert recipe.generator is not None
     section = recipe.generator.model_copy(update={"source": None, "architecture": architecture})
+    changed = recipe.model_copy(update={"generator": section})
     with pytest.raises(VarpiError) as caught:
-        open_generator(section, 16, "cpu")
+        open_generator(changed, "cpu")
     assert str(caught.value).startswith(line)

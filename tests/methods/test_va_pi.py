@@ -33,7 +33,7 @@ NO_PERCEPTUAL = Reward(perceptual_weight=0)
 
 def build(recipe: Recipe) -> VaPi:
     dataset = open_dataset(recipe.data.source, image_size=recipe.data.image_size)
-    method = build_method(recipe, dataset, "cpu")
+    method = build_method(recipe, dataset.num_classes, "cpu")
     assert isinstance(method, VaPi)
     return method
 

@@ -199,7 +199,7 @@ def test_write(report, page, tmp_path):
             {"samples": [SampleGrid("Base", pictures(3) / 255, [0, 1, 2])]},
             "samples of Base: expected uint8 .* got float64",
         ),
-        ({"samples": [SampleGrid("Base", pictures(3), [0, 1])]}, r"samples of Base: 3 images, classes \(2,\)"),
+        ({"samples": [SampleGrid("Base", pictures(3), [0, 1])]}, "samples of Base: 3 images, 2 conditions"),
         ({"reconstructions": [Reconstruction(*pictures(3), pictures(1, 4)[0])]}, "different shapes"),
         ({"curves": {"run": [{"mse": 0.1}]}}, "1 of 1 metrics records of run have no step"),
         ({"curves": {str(i): curve("mse") for i in range(7)}}, "7 runs; at most 6"),

@@ -1,4 +1,4 @@
-"""What a dataset is: map-style access to (image, class), in an order that depends on the stored data alone."""
+"""What a dataset is: map-style access to (image, condition), in an order that depends on the stored data alone."""
 
 from typing import NamedTuple, Protocol
 
@@ -11,26 +11,30 @@ class BadImage(VarpiError):
     """One item of a dataset that cannot be read; the message names it and says why."""
 
 
+class Dropped(VarpiError):
+    """One item of a dataset that is left out on purpose: it has no usable caption, or its image is too small."""
+
+
 class Item(NamedTuple):
     """One example."""
 
     image: Tensor
     """float32 (3, S, S) in [-1, 1]."""
-    condition: int
-    """Class id in [0, num_classes)."""
+    condition: int | str | Tensor
+    """Class id in [0, num_classes), a caption, or the caption's features: float (L, C), valid tokens only."""
 
 
 class Dataset(Protocol):
-    """Map-style access to (image, class). Instances are picklable, because worker processes hold copies."""
+    """Map-style access to (image, condition). Instances are picklable, because worker processes hold copies."""
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes; every condition is below it."""
+    def num_classes(self) -> int | None:
+        """Number of classes, and every condition is below it; None where the images have captions."""
         ...
 
     @property
     def class_names(self) -> list[str] | None:
-        """A name for each class, or None where the source stores bare numbers."""
+        """A name for each class, or None where the source stores bare numbers or captions."""
         ...
 
     @property
@@ -45,5 +49,22 @@ class Dataset(Protocol):
 
         Raises:
             BadImage: the image cannot be read or decoded.
+            Dropped: the item is none to train on; captioned data only.
         """
+        ...
+
+
+class Captioned(Dataset, Protocol):
+    """A dataset whose conditions are captions."""
+
+    def caption(self, index: int) -> str:
+        """The caption of the item at `index`, read without its image.
+
+        Raises:
+            Dropped: it has none that can be used.
+        """
+        ...
+
+    def key(self, index: int) -> str:
+        """Where the features of the item's caption lie below a features root, without a suffix: "00012/000120003"."""
         ...

@@ -15,6 +15,27 @@ IMAGE_SIZE = 32
 _BOUNDS = {"train": (0, 380), "validation": (380, 420), "test": (420, 500)}
 
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PHRASES = (
+    "a photo of the digit {}",
+    "a handwritten {}",
+    "the number {}",
+    "a picture of the number {} written by hand",
+    "an image of the numeral {}",
+    "the digit {} in white on black",
+    "someone wrote a {}",
+    "{} in handwriting",
+)
+"""The captions of the split "train"."""
+HELD_OUT_PHRASES = (
+    "a drawing of the numeral {}",
+    "show me the handwritten digit {}",
+    "a picture of a {} in chalk",
+    "please write the number {} on black paper",
+)
+"""The captions of the splits "validation" and "test": other sentences, in part of other words."""
+
+
 class Digits:
     """Digits 0-9 as RGB images: 28x28 padded with black to 32x32, gray repeated three times.
 
@@ -52,7 +73,48 @@ class Digits:
 
     def __getitem__(self, index: int) -> Item:
         gray = torch.from_numpy(self._images[index]).float() / 255 * 2 - 1
-        return Item(gray.repeat(3, 1, 1), int(self._labels[index]))
+        return Item(gray.repeat(3, 1, 1), self.label(index))
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+
+class CaptionedDigits:
+    """The digits with sentences that name them instead of classes: `PHRASES`, or `HELD_OUT_PHRASES` to test with.
+
+    Raises VarpiError as `Digits` does.
+    """
+
+    num_classes = None
+    class_names = None
+
+    def __init__(self, *, split: str = "train", image_size: int = IMAGE_SIZE) -> None:
+        self._digits = Digits(split=split, image_size=image_size)
+        self._phrases = PHRASES if split == "train" else HELD_OUT_PHRASES
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join((self._digits.fingerprint, *self._phrases)).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._digits)
+
+    def __getitem__(self, index: int) -> Item:
+        return Item(self._digits[index].image, self.caption(index))
+
+    def caption(self, index: int) -> str:
+        # Neighbors are one of each class: a phrase for every ten images
+        phrase = self._phrases[index // 10 % len(self._phrases)]
+        return phrase.format(WORDS[self._digits.label(index)])
+
+    def key(self, index: int) -> str:
+        return f"rows/{index}"
+
+
+def digit_in(caption: str) -> int | None:
+    """The digit that a caption names by its word, when there is just one."""
+    found = [WORDS.index(word) for word in caption.lower().split() if word in WORDS]
+    return found[0] if len(found) == 1 else None
 
 
 @lru_cache(maxsize=1)

@@ -7,19 +7,55 @@ decoded here, so that a broken one is a `BadImage` like any other.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from torch import Tensor
 
-from varpi.data.dataset import BadImage, Item
+from varpi.data.captions import pick_caption
+from varpi.data.dataset import BadImage, Dropped, Item
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 
 
-class Table:
+class _Images:
+    """The image column of a Hugging Face dataset."""
+
+    def __init__(self, rows: datasets.Dataset, *, name: str, image_size: int, image_column: str, min_side: int) -> None:
+        if len(rows) == 0:
+            raise VarpiError(f"{name}: no images; the table has no rows")
+        if isinstance(rows.features[image_column], datasets.Image):
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self._type = rows.data.schema.field(image_column).type
+        check_image_type(self._type, name, image_column)
+        self._rows = rows.select_columns([image_column])
+        self._column = image_column
+        self._name = name
+        self._image_size = image_size
+        self._min_side = min_side
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _lengths(self) -> np.ndarray:
+        """int64 (rows,) bytes of every encoded image, which Arrow knows without reading the images."""
+        column = self._rows.data.column(self._column)
+        encoded = column if _is_binary(self._type) else column.flatten()[self._type.get_field_index("bytes")]
+        return pc.fill_null(pc.cast(pc.call_function("binary_length", [encoded]), pa.int64()), -1).to_numpy()
+
+    def _image(self, index: int) -> Tensor:
+        return decode_cell(
+            self._rows[int(index)][self._column], f"{self._name} row {index}", self._image_size, min_side=self._min_side
+        )
+
+
+class Table(_Images):
     """(image, class) from two columns of a Hugging Face dataset.
 
     Args:
@@ -34,18 +70,9 @@ class Table:
     def __init__(
         self, rows: datasets.Dataset, *, name: str, image_size: int, image_column: str, label_column: str
     ) -> None:
-        for column, field in ((image_column, "image_column"), (label_column, "label_column")):
-            if column not in rows.column_names:
-                found = ", ".join(rows.column_names) or "none"
-                raise VarpiError(f"{name}: no column {column!r}; set {field} to one of its columns ({found})")
-        if len(rows) == 0:
-            raise VarpiError(f"{name}: no images; the table has no rows")
+        check_columns(rows.column_names, name, image_column=image_column, label_column=label_column)
+        super().__init__(rows, name=name, image_size=image_size, image_column=image_column, min_side=0)
         self._labels = _labels(rows, name, label_column)
-        if isinstance(rows.features[image_column], datasets.Image):
-            rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self._type = rows.data.schema.field(image_column).type
-        if not (_is_binary(self._type) or (pa.types.is_struct(self._type) and _has_bytes(self._type))):
-            raise VarpiError(f"{name}: column {image_column!r} holds {self._type}; expected images (bytes and path)")
         names = getattr(rows.features[label_column], "names", None)  # a ClassLabel has them, a plain integer has not
         self.class_names: list[str] | None = names
         self.num_classes = len(names) if names else int(self._labels.max()) + 1
@@ -53,33 +80,130 @@ class Table:
             raise VarpiError(
                 f"{name}: column {label_column!r} holds {self._labels.max()}, but names {self.num_classes} classes"
             )
-        self._rows = rows.select_columns([image_column])
-        self._column = image_column
-        self._name = name
-        self._image_size = image_size
 
     @property
     def fingerprint(self) -> str:
-        """The labels and the length of every encoded image, which Arrow knows without reading the images."""
-        column = self._rows.data.column(self._column)
-        encoded = column if _is_binary(self._type) else column.flatten()[self._type.get_field_index("bytes")]
-        lengths = pc.fill_null(pc.cast(pc.call_function("binary_length", [encoded]), pa.int64()), -1).to_numpy()
+        """The labels and the length of every encoded image."""
         names = "\0".join(self.class_names or [])
-        return hashlib.sha256(self._labels.tobytes() + lengths.tobytes() + names.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        return hashlib.sha256(self._labels.tobytes() + self._lengths().tobytes() + names.encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Item:
-        name = f"{self._name} row {index}"
-        value = self._rows[int(index)][self._column]
-        if isinstance(value, dict):
-            path = value.get("path")
-            name = f"{name} ({path})" if path else name
-            value = value["bytes"] if value["bytes"] is not None else path and Path(path)
-        if not value:
-            raise BadImage(f"{name}: the cell is empty")
-        return Item(load_image(value, name, self._image_size), int(self._labels[index]))
+        return Item(self._image(index), int(self._labels[index]))
+
+
+class CaptionTable(_Images):
+    """(image, caption) from columns of a Hugging Face dataset.
+
+    Args:
+        rows: the table. The image column is as in `Table`.
+        name: what to call it in an error.
+        image_size: side of the square images, in pixels.
+        caption_columns: columns of captions in order of preference; a row's caption is the first that is not blank.
+            Dotted paths reach into structs and lists, as in `pick_caption`.
+        min_side: the shorter side that an image must have at least, in pixels.
+
+    Raises:
+        VarpiError: the table is empty, lacks a column, or has no caption in any row.
+    """
+
+    num_classes = None
+    class_names = None
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        name: str,
+        image_size: int,
+        image_column: str,
+        caption_columns: Sequence[str],
+        min_side: int = 0,
+    ) -> None:
+        columns = check_columns(rows.column_names, name, image_column=image_column, caption_columns=caption_columns)
+        super().__init__(rows, name=name, image_size=image_size, image_column=image_column, min_side=min_side)
+        self._texts = rows.select_columns(columns)
+        self._fields = tuple(caption_columns)
+        texts: Any = self._texts  # iterates over dictionaries, which its type does not say
+        if not any(pick_caption(row, self._fields) for row in texts):
+            raise VarpiError(f"{name}: no row has a caption in {' or '.join(self._fields)}; set caption_column")
+
+    @property
+    def fingerprint(self) -> str:
+        """The length of every encoded image, and that of every caption in a column of plain text."""
+        digest = hashlib.sha256(self._lengths().tobytes())
+        for field in self._texts.data.schema:
+            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+                lengths = pc.call_function("binary_length", [self._texts.data.column(field.name)])
+                digest.update(pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> Item:
+        caption = self.caption(index)
+        return Item(self._image(index), caption)
+
+    def caption(self, index: int) -> str:
+        caption = pick_caption(self._texts[int(index)], self._fields)
+        if caption is None:
+            raise Dropped(f"{self._name} row {index}: no caption in {' or '.join(self._fields)}")
+        return caption
+
+    def key(self, index: int) -> str:
+        return f"rows/{index}"
+
+
+def check_columns(
+    present: Sequence[str],
+    name: str,
+    *,
+    image_column: str,
+    label_column: str | None = None,
+    caption_columns: Sequence[str] = (),
+) -> list[str]:
+    """The columns that labels or captions are read from; a caption's may be a dotted path into one.
+
+    Raises:
+        VarpiError: one of the columns is not among those `present`.
+    """
+    found = ", ".join(present) or "none"
+    columns = []
+    wanted = [(image_column, "image_column"), *((column, "caption_column") for column in caption_columns)]
+    for path, setting in [*wanted, *([(label_column, "label_column")] if label_column is not None else [])]:
+        column = path if path in present or setting != "caption_column" else path.partition(".")[0]
+        if column not in present:
+            raise VarpiError(f"{name}: no column {column!r}; set {setting} to one of its columns ({found})")
+        if setting != "image_column" and column not in columns:
+            columns.append(column)
+    return columns
+
+
+def check_image_type(kind: pa.DataType, name: str, column: str) -> None:
+    """Raises VarpiError where the Arrow type of a column is not one of images."""
+    if not (_is_binary(kind) or (pa.types.is_struct(kind) and _has_bytes(kind))):
+        raise VarpiError(f"{name}: column {column!r} holds {kind}; expected images (bytes and path)")
+
+
+def decode_cell(value: Any, name: str, image_size: int, *, min_side: int = 0) -> Tensor:
+    """The image in a cell: bytes, or a {bytes, path} struct. Arguments and errors as in `load_image`.
+
+    A path may point into the Hub, as in streamed datasets that keep their images as files.
+    """
+    if isinstance(value, dict):
+        path = value.get("path")
+        name = f"{name} ({path})" if path else name
+        value = value["bytes"]
+        if value is None and path:
+            value = _fetch(path, name) if "hf://" in path else Path(path)
+    if not value:
+        raise BadImage(f"{name}: the cell is empty")
+    return load_image(value, name, image_size, min_side=min_side)
+
+
+def _fetch(url: str, name: str) -> bytes:
+    try:
+        files, path = fsspec.url_to_fs(url)
+        return files.cat_file(path)
+    except Exception as error:
+        raise BadImage(f"{name}: cannot be fetched ({reason(error)})") from error
 
 
 def load_saved(directory: Path, split: str) -> datasets.Dataset:
@@ -89,7 +213,7 @@ def load_saved(directory: Path, split: str) -> datasets.Dataset:
     except IndexError as error:  # the library's words for a table without rows: "list index out of range"
         raise VarpiError(f"{directory}: no images; the saved dataset has no rows") from error
     except Exception as error:
-        raise VarpiError(f"{directory}: cannot be read as a saved dataset ({_reason(error)})") from error
+        raise VarpiError(f"{directory}: cannot be read as a saved dataset ({reason(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise VarpiError(f"{directory}: no split {split!r}; it has {', '.join(map(str, loaded))}")
@@ -113,7 +237,7 @@ def load_parquet(source: Path | Sequence[Path], split: str) -> datasets.Dataset:
     except VarpiError:
         raise
     except Exception as error:
-        raise VarpiError(f"{shown}: cannot be read as parquet ({_reason(error)})") from error
+        raise VarpiError(f"{shown}: cannot be read as parquet ({reason(error)})") from error
 
 
 def load_hub(name: str, revision: str | None, split: str) -> datasets.Dataset:
@@ -122,8 +246,46 @@ def load_hub(name: str, revision: str | None, split: str) -> datasets.Dataset:
         return datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:
         raise VarpiError(
-            f"{name}: no such path here, and not to be had from the Hugging Face Hub either ({_reason(error)})"
+            f"{name}: no such path here, and not to be had from the Hugging Face Hub either ({reason(error)})"
         ) from error
+
+
+def stream_hub(name: str, revision: str | None, split: str) -> tuple[datasets.IterableDataset, str]:
+    """A dataset of the Hub, to be read from beginning to end, and the commit that it is now and will stay at."""
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
+        rows = datasets.load_dataset(name, split=split, revision=commit, streaming=True)
+    except Exception as error:
+        raise VarpiError(
+            f"{name}: no such path here, and not to be had from the Hugging Face Hub either ({reason(error)})"
+        ) from error
+    return _undecoded(rows, name), str(commit)
+
+
+def stream_parquet(paths: Sequence[Path], split: str) -> tuple[datasets.IterableDataset, list[Path]]:
+    """One directory, or files, as in `load_parquet`, to be read from beginning to end; and the files."""
+    directory = paths[0] if paths[0].is_dir() else None
+    shown = str(directory) if directory else ", ".join(map(str, paths[:3]))
+    files = list(paths)
+    try:
+        if directory:
+            files = sorted([*directory.glob("*.parquet"), *directory.glob("data/*.parquet")])
+            rows = datasets.load_dataset(str(directory), split=split, streaming=True)
+        else:
+            _require_train(shown, split)
+            names = [str(path) for path in paths]
+            rows = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+    except VarpiError:
+        raise
+    except Exception as error:
+        raise VarpiError(f"{shown}: cannot be read as parquet ({reason(error)})") from error
+    return _undecoded(rows, shown), files
+
+
+def _undecoded(rows: Any, name: str) -> datasets.IterableDataset:
+    if rows.features is None:
+        raise VarpiError(f"{name}: does not say what columns it has, and cannot be streamed; leave out data.stream")
+    return rows.decode(False)
 
 
 def _labels(rows: datasets.Dataset, name: str, column: str) -> np.ndarray:
@@ -151,7 +313,7 @@ def _require_train(name: str, split: str) -> None:
         raise VarpiError(f"{name}: no split {split!r}; data without splits is split 'train'")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     # `datasets` wraps what went wrong ("An error occurred while generating the dataset") around the real cause
     while isinstance(error.__cause__, Exception):
         error = error.__cause__

@@ -10,27 +10,29 @@ import itertools
 import logging
 import signal
 import weakref
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.util import Finalize
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from varpi.data.dataset import BadImage, Dataset, Item
+from varpi.data.dataset import BadImage, Dataset, Dropped, Item
 from varpi.errors import VarpiError
 
 logger = logging.getLogger(__name__)
 
-# Separate streams of one counter-based generator
-_PERMUTATION, _SUBSTITUTE = 0, 1
-# Substitutes tried for one place. Past this, nearly everything is unreadable.
+# Separate streams of one counter-based generator; the last two are the streamed data's
+_PERMUTATION, _SUBSTITUTE, FILES, BUFFER = 0, 1, 2, 3
+# Items tried for one place. Past this, nearly nothing can be used.
 _MAX_ATTEMPTS = 32
 # No verdict on the share of unreadable images before this many were opened
 _MIN_SEEN = 20
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,76 @@ class Batch:
 
     images: Tensor
     """float32 (b, 3, S, S) in [-1, 1]."""
-    condition: Tensor
-    """int64 (b,) class ids."""
+    condition: Tensor | list[str] | list[Tensor]
+    """int64 (b,) class ids, b captions, or the features of b captions: float (L, C) each, valid tokens only."""
     positions: Tensor
     """int64 (b,) place within the global batch, in [0, batch_size): the key for random draws."""
     indices: Tensor
     """int64 (b,) index in the dataset of the image that was really loaded."""
     bad: int
     """Unreadable images that had to be replaced."""
+    dropped: int = 0
+    """Items left out on purpose that had to be replaced."""
+    cursor: int = 0
+    """What to give `from_cursor` to go on with the batch after this one."""
 
 
-class Batches:
+def collate_conditions(conditions: Sequence[int | str | Tensor]) -> Tensor | list[Any]:
+    """The conditions of b items as `Batch.condition` holds them.
+
+    Class ids become int64 (b,); captions, and the features of captions, a list.
+    """
+    if isinstance(conditions[0], int):
+        return torch.tensor(conditions, dtype=torch.int64)
+    return list(conditions)
+
+
+class Counts:
+    """How many items were looked at and not used; warns of them, and stops the run at too many unreadable ones."""
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise VarpiError(f"max_bad_fraction is {max_bad_fraction}; it must be in [0, 1]")
+        self._max_bad_fraction = max_bad_fraction
+        self.seen = 0
+        """Items looked at so far, unusable ones included."""
+        self.bad = 0
+        """Unreadable images among them."""
+        self.dropped = 0
+        """Items left out on purpose among them: no usable caption, or too small an image."""
+
+    def count(self, seen: int, failures: Sequence[str], drops: Sequence[str], stuck: str | None = None) -> None:
+        """Add `seen` items, of which some were unreadable (`failures`) or left out (`drops`), each with its reason.
+
+        stuck: why the run cannot go on, if it cannot.
+
+        Raises:
+            VarpiError: it cannot go on, or too many images were unreadable.
+        """
+        before = self.dropped
+        self.seen += seen
+        self.bad += len(failures)
+        self.dropped += len(drops)
+        opened = self.seen - self.dropped
+        share = self.bad / max(opened, 1)
+        so_far = f"{self.bad} of {opened} images opened so far ({share:.1%})"
+        if failures and (stuck == UNREADABLE or (opened >= _MIN_SEEN and share > self._max_bad_fraction)):
+            raise VarpiError(
+                f"too many unreadable images: {so_far}, max_bad_fraction is {self._max_bad_fraction:g}; "
+                f"the last was {failures[-1]}"
+            )
+        if stuck is not None:
+            raise VarpiError(
+                f"{stuck}: {self.dropped} of {self.seen} left out so far, the last was {drops[-1]}; see "
+                "data.caption_column and data.min_side"
+            )
+        if failures:
+            logger.warning("replaced %d unreadable: %s; the last was %s", len(failures), so_far, failures[-1])
+        if self.dropped.bit_length() > before.bit_length():
+            logger.warning("left out %d of %d items so far; the last was %s", self.dropped, self.seen, drops[-1])
+
+
+class Batches(Counts):
     """An endless, deterministic stream of batches.
 
     Args:
@@ -86,22 +147,28 @@ class Batches:
             raise VarpiError(f"rank is {rank}; it must be in [0, {world_size})")
         if workers < 0:
             raise VarpiError(f"workers is {workers}; it must be >= 0")
-        if not 0 <= max_bad_fraction <= 1:
-            raise VarpiError(f"max_bad_fraction is {max_bad_fraction}; it must be in [0, 1]")
+        super().__init__(max_bad_fraction)
         local = batch_size // world_size
         self._loader = _StepLoader(dataset, batch_size, seed, range(rank * local, (rank + 1) * local))
+        self._dataset = dataset
         self._workers = workers
-        self._max_bad_fraction = max_bad_fraction
-        self.seen = 0
-        """Images opened so far, unreadable ones included."""
-        self.bad = 0
-        """Unreadable images among them."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of the dataset: number of classes, or None for captions."""
+        return self._dataset.num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the dataset."""
+        return self._dataset.fingerprint
 
     def at(self, step: int) -> Batch:
         """The batch of optimizer step `step` >= 0, loaded in this process.
 
         Raises:
-            VarpiError: more than `max_bad_fraction` of the images opened so far were unreadable.
+            VarpiError: more than `max_bad_fraction` of the images opened so far were unreadable, or 32 items in a row
+                could not be used.
         """
         return self._checked(self._loader[step])
 
@@ -136,22 +203,21 @@ class Batches:
         for loaded in loader:
             yield self._checked(loaded)
 
+    def from_cursor(self, cursor: int) -> Iterator[Batch]:
+        """`from_step`: a cursor is the number of the next batch."""
+        return self.from_step(cursor)
+
+    def cursor_at(self, step: int, saved: Sequence[int]) -> int:
+        """The cursor of batch `step`; what each process had `saved` is not needed."""
+        return step
+
     def _checked(self, loaded: "_Loaded") -> Batch:
-        """Count what failed, warn about it, and stop when it is too much."""
-        failures = loaded.failures
-        self.seen += loaded.opened
-        self.bad += len(failures)
-        if failures:
-            share = self.bad / self.seen
-            so_far = f"{self.bad} of {self.seen} images opened so far ({share:.1%})"
-            if loaded.batch is None or (self.seen >= _MIN_SEEN and share > self._max_bad_fraction):
-                raise VarpiError(
-                    f"too many unreadable images: {so_far}, max_bad_fraction is {self._max_bad_fraction:g}; "
-                    f"the last was {failures[-1]}"
-                )
-            logger.warning("replaced %d unreadable: %s; the last was %s", len(failures), so_far, failures[-1])
+        self.count(loaded.seen, loaded.failures, loaded.drops, loaded.stuck)
         assert loaded.batch is not None
-        return loaded.batch
+        if loaded.lengths is None:
+            return loaded.batch
+        assert isinstance(loaded.batch.condition, Tensor)
+        return replace(loaded.batch, condition=list(loaded.batch.condition.split(loaded.lengths)))
 
 
 @dataclass(frozen=True)
@@ -159,9 +225,13 @@ class _Loaded:
     """What a worker sends back. Failures travel as data: an exception would arrive wrapped in a traceback."""
 
     batch: Batch | None
-    """None when one place found no readable substitute."""
-    opened: int
+    """None when one place found nothing to hold."""
+    seen: int
     failures: list[str]
+    drops: list[str]
+    stuck: str | None = None
+    lengths: list[int] | None = None
+    """Of each caption's features, which come joined: shared memory would take a file handle for every one."""
 
 
 class _StepLoader(torch.utils.data.Dataset[_Loaded]):
@@ -177,34 +247,45 @@ class _StepLoader(torch.utils.data.Dataset[_Loaded]):
         items: list[Item] = []
         indices: list[int] = []
         failures: list[str] = []
+        drops: list[str] = []
         for position in self._positions:
+            bad, dropped = len(failures), len(drops)
             for attempt in range(_MAX_ATTEMPTS):
                 index = self._index(step, position, attempt)
                 try:
                     items.append(self._dataset[index])
                 except BadImage as error:
                     failures.append(str(error))
+                except Dropped as error:
+                    drops.append(str(error))
                 else:
                     indices.append(index)
                     break
             else:
-                return _Loaded(None, len(items) + len(failures), failures)
+                mostly_bad = len(failures) - bad > len(drops) - dropped
+                stuck = UNREADABLE if mostly_bad else f"{_MAX_ATTEMPTS} items in a row cannot be trained on"
+                return _Loaded(None, len(items) + len(failures) + len(drops), failures, drops, stuck)
+        condition, lengths = collate_conditions([item.condition for item in items]), None
+        if isinstance(condition, list) and isinstance(condition[0], Tensor):
+            condition, lengths = torch.cat(condition), [len(features) for features in condition]
         batch = Batch(
             images=torch.stack([item.image for item in items]),
-            condition=torch.tensor([item.condition for item in items], dtype=torch.int64),
+            condition=condition,
             positions=torch.tensor(self._positions, dtype=torch.int64),
             indices=torch.tensor(indices, dtype=torch.int64),
             bad=len(failures),
+            dropped=len(drops),
+            cursor=step + 1,
         )
-        return _Loaded(batch, len(items) + len(failures), failures)
+        return _Loaded(batch, len(items) + len(failures) + len(drops), failures, drops, lengths=lengths)
 
     def _index(self, step: int, position: int, attempt: int) -> int:
         """Dataset index for a place in the global batch; attempt 0 is the permutation's own."""
         size = len(self._dataset)
         if attempt > 0:
-            return int(_draw(self._seed, _SUBSTITUTE, (step, position, attempt), 1)[0] % size)
+            return int(draw(self._seed, _SUBSTITUTE, (step, position, attempt), 1)[0] % size)
         epoch, offset = divmod(step * self._batch_size + position, size)
-        return int(_permutation(self._seed, epoch, size)[offset])
+        return int(permutation(self._seed, _PERMUTATION, epoch, size)[offset])
 
 
 class _StepsFrom(Sampler[int]):
@@ -216,12 +297,12 @@ class _StepsFrom(Sampler[int]):
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+def permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
     """int64 (size,). A sort of raw draws: numpy keeps those the same for ever, but not its own permutations."""
-    return np.argsort(_draw(seed, _PERMUTATION, (epoch, 0, 0), size), kind="stable")
+    return np.argsort(draw(seed, stream, (epoch, 0, 0), size), kind="stable")
 
 
-def _draw(seed: int, stream: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
+def draw(seed: int, stream: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
     """uint64 (count,) from the counter-based generator Philox."""
     words = np.array([0, *counter], dtype=np.uint64)  # the lowest word counts up within one call
     key = np.array([seed % 2**64, stream], dtype=np.uint64)

@@ -1,14 +1,26 @@
 """`open_dataset`, which finds out what kind of data a source is."""
 
 import glob
+import os
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeGuard
 
-from varpi.data.dataset import Dataset
+from varpi.data.captions import CAPTION_FIELDS
+from varpi.data.dataset import Captioned, Dataset
 from varpi.errors import VarpiError
 
 # "org/name", with "@revision" when one is wanted
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMMA = re.compile(r",(?![^{}]*\})")
+_MOST_FILES = 1_000_000
+
+Kind = Literal["digits", "captioned-digits", "folders", "saved", "parquet", "tar", "jsonl", "hub"]
+_FILES: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar", ".gz": "tar", ".tgz": "tar", ".jsonl": "jsonl"}
 
 
 def open_dataset(
@@ -18,68 +30,217 @@ def open_dataset(
     split: str = "train",
     image_column: str = "image",
     label_column: str = "label",
+    caption_column: str | Sequence[str] | None = None,
+    caption_features: str | Path | None = None,
+    min_side: int | None = None,
 ) -> Dataset:
-    """Open the (image, class) pairs at `source`; images come out centre-cropped to `image_size`.
+    """Open the (image, class) or (image, caption) pairs at `source`; images come out centre-cropped to `image_size`.
 
-    A source that has no splits of its own (one tree of class folders, one parquet file, one saved `Dataset`) is
-    the split "train".
+    A source that has no splits of its own (one tree of class folders, one parquet file, one saved `Dataset`, shards)
+    is the split "train". Tar shards and jsonl files always have captions, tables do where `caption_column` is given.
 
     Args:
         source: one of
-            "digits", the embedded 5000 handwritten digits (32x32; splits train, validation, test);
+            "digits", the embedded 5000 handwritten digits (32x32; splits train, validation, test), or
+            "captioned-digits", the same with sentences that name them;
             a tree of class folders (ids follow the sorted names), or a directory that holds one such tree per split;
             a directory written by `datasets.Dataset.save_to_disk`;
-            a parquet file, a glob of them, or a directory of them (splits told by their names);
+            parquet files, or a directory of them (splits told by their names);
+            tar shards of the WebDataset form, or a directory of them;
+            a .jsonl file, or a directory of them, as LlamaGen reads for text-to-image;
             the id of a dataset on the Hugging Face Hub, "org/name" or "org/name@revision".
+            Files are named one by one between commas, by a glob, or by braces ("laion/{00000..00127}.tar"). Directories
+            of shards and of jsonl files may lie in one directory per split.
         image_size: side of the square images, in pixels.
         split: "train", "validation" or "test", or whatever the source calls its splits.
         image_column: column of the images; tabular sources only.
         label_column: column of the integer classes; tabular sources only.
+        caption_column: field of the captions, or several in order of preference, as `pick_caption` reads them. None:
+            `CAPTION_FIELDS` in shards and jsonl files, classes in tables.
+        caption_features: directory of caption features, which become the conditions; see `WithFeatures`.
+        min_side: captioned images whose shorter side has fewer pixels are left out; None: image_size.
 
     Raises:
-        VarpiError: nothing is there, it holds no images, or it lacks the split or a column.
+        VarpiError: nothing is there, it holds no images, it lacks the split or a column, or the arguments contradict
+            each other.
     """
-    # Imported on demand: torchvision and `datasets` each take about a second, and the digits need neither.
-    text = str(source)
     if image_size < 1:
         raise VarpiError(f"image_size is {image_size}; it must be at least 1")
-    if text == "digits":
+    fields = caption_fields(caption_column)
+    if fields and label_column != "label":
+        raise VarpiError(f"label_column {label_column!r} and caption_column are both given; leave out one of them")
+    dataset = _open(str(source), image_size, split, image_column, label_column, fields, min_side)
+    if caption_features is None:
+        return dataset
+    if not _is_captioned(dataset):
+        raise VarpiError(f"{source}: has classes, but caption_features are for captions; leave them out")
+    from varpi.data.features import WithFeatures
+
+    return WithFeatures(dataset, caption_features)
+
+
+def caption_fields(caption_column: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names in a `caption_column`, which may be a single one.
+
+    Raises:
+        VarpiError: an empty list, or an empty name.
+    """
+    if caption_column is None:
+        return ()
+    fields = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column)
+    if not fields or not all(fields):
+        raise VarpiError(f"caption_column is {caption_column!r}; give the name of a column, or leave it out")
+    return fields
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a source turned out to be."""
+
+    kind: Kind
+    paths: tuple[Path, ...] = ()
+    """Its files, or the one directory of "folders", "saved" and "parquet"."""
+    name: str = ""
+    """Id on the Hub."""
+    revision: str | None = None
+
+
+def locate(source: str, split: str) -> Place:
+    """Find out what `source` is, as described at `open_dataset`.
+
+    Raises:
+        VarpiError: nothing is there, or files of several kinds; shards or jsonl files have no such split.
+    """
+    if source in ("digits", "captioned-digits"):
+        return Place(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _locate_in(path, split)
+    if path.is_file():
+        files = [path]
+    elif glob.has_magic(source) or "," in source or "{" in source:
+        files = list(_expand(source))
+    elif path.suffix not in _FILES and (match := _HUB_ID.fullmatch(source)):
+        return Place("hub", name=match["name"], revision=match["revision"])
+    else:
+        raise VarpiError(
+            f"{source}: no such data; give a directory, .parquet, .tar or .jsonl files, a Hub id (org/name) or 'digits'"
+        )
+    first = files[0]
+    if first.suffix not in _FILES:
+        raise VarpiError(f"{first}: not a data set; expected a directory or a .parquet, .tar or .jsonl file")
+    if others := [file for file in files if file.suffix != first.suffix]:
+        raise VarpiError(f"{source}: also names {others[0]}, which is not a {first.suffix} file")
+    kind = _FILES[first.suffix]
+    if kind != "parquet":
+        _require_train(source, split)
+    return Place(kind, tuple(files))
+
+
+def _open(
+    source: str,
+    image_size: int,
+    split: str,
+    image_column: str,
+    label_column: str,
+    fields: tuple[str, ...],
+    min_side: int | None,
+) -> Dataset:
+    place = locate(source, split)
+    kind, paths = place.kind, place.paths
+    table = kind in ("saved", "parquet", "hub")
+    if fields and kind in ("digits", "captioned-digits", "folders"):
+        what = "captions of its own" if kind == "captioned-digits" else "classes, and no field that could hold captions"
+        raise VarpiError(f"{source}: has {what}; leave out caption_column")
+    if min_side is not None and (kind in ("digits", "captioned-digits", "folders") or (table and not fields)):
+        raise VarpiError(f"{source}: min_side is for captioned images of many sizes; leave it out")
+    if min_side is None:
+        min_side = image_size
+    # Imported on demand: torchvision and `datasets` each take about a second, and the digits need neither.
+    if kind == "digits":
         from varpi.data.digits import Digits
 
         return Digits(split=split, image_size=image_size)
+    if kind == "captioned-digits":
+        from varpi.data.digits import CaptionedDigits
 
-    path = Path(source).expanduser()
-    if path.is_dir() and not _is_tabular(path):
+        return CaptionedDigits(split=split, image_size=image_size)
+    if kind == "folders":
         from varpi.data.folder import ImageFolder
 
-        return ImageFolder(path, split=split, image_size=image_size)
+        return ImageFolder(paths[0], split=split, image_size=image_size)
+    if kind == "tar":
+        from varpi.data.tars import TarShards
 
-    from varpi.data.hub import Table, load_hub, load_parquet, load_saved
+        return TarShards(paths, image_size=image_size, caption_fields=fields or CAPTION_FIELDS, min_side=min_side)
+    if kind == "jsonl":
+        from varpi.data.jsonl import JsonLines
 
-    if path.is_dir():
-        rows = load_saved(path, split) if _is_saved(path) else load_parquet(path, split)
-    elif path.is_file():
-        if path.suffix != ".parquet":
-            raise VarpiError(f"{path}: not a data set; expected a directory or a .parquet file")
-        rows = load_parquet([path], split)
-    elif glob.has_magic(text):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-        if not files:
-            raise VarpiError(f"{text}: no file matches this pattern")
-        if others := [file for file in files if file.suffix != ".parquet"]:
-            raise VarpiError(f"{text}: the pattern also matches {others[0]}, which is not a .parquet file")
-        rows = load_parquet(files, split)
-    elif match := _HUB_ID.fullmatch(text):
-        rows = load_hub(match["name"], match["revision"], split)
+        return JsonLines(paths, image_size=image_size, caption_fields=fields or CAPTION_FIELDS, min_side=min_side)
+
+    from varpi.data.hub import CaptionTable, Table, load_hub, load_parquet, load_saved
+
+    if kind == "hub":
+        rows = load_hub(place.name, place.revision, split)
+    elif kind == "saved":
+        rows = load_saved(paths[0], split)
     else:
-        raise VarpiError(f"{text}: no such data; give a directory, a .parquet file, a Hub id (org/name) or 'digits'")
-    return Table(
-        rows,
-        name=f"{text}[{split}]",
-        image_size=image_size,
-        image_column=image_column,
-        label_column=label_column,
-    )
+        rows = load_parquet(paths[0] if paths[0].is_dir() else paths, split)
+    name = f"{source}[{split}]"
+    if fields:
+        return CaptionTable(
+            rows,
+            name=name,
+            image_size=image_size,
+            image_column=image_column,
+            caption_columns=fields,
+            min_side=min_side,
+        )
+    return Table(rows, name=name, image_size=image_size, image_column=image_column, label_column=label_column)
+
+
+def _is_captioned(dataset: Dataset) -> TypeGuard[Captioned]:
+    return dataset.num_classes is None
+
+
+def _locate_in(path: Path, split: str) -> Place:
+    if _is_saved(path):
+        return Place("saved", (path,))
+    if (place := _listed(path)) is not None:
+        _require_train(str(path), split)
+        return place
+    # A clone of a Hub repository keeps its files in data/. Looking deeper would walk whole image trees.
+    if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+        return Place("parquet", (path,))
+
+    from varpi.data.folder import _SPLITS
+
+    names = dict.fromkeys([*_SPLITS.get(split, [split]), *(name for names in _SPLITS.values() for name in names)])
+    found = {name: place for name in names if (place := _listed(path / name)) is not None}
+    for name in _SPLITS.get(split, [split]):
+        if name in found:
+            return found[name]
+    if found:
+        raise VarpiError(f"{path}: no split {split!r}; it has {', '.join(found)}")
+    return Place("folders", (path,))
+
+
+def _listed(directory: Path) -> Place | None:
+    """The shards or jsonl files right in a directory. img2dataset puts a parquet file of metadata beside each shard."""
+    shards, lists = sorted(directory.glob("*.tar")), sorted(directory.glob("*.jsonl"))
+    if shards and lists:
+        raise VarpiError(f"{directory}: holds tar shards and jsonl files; name those to read, as in {directory}/*.tar")
+    if lists:
+        return Place("jsonl", tuple(lists))
+    # Class folders may lie beside the archives they came out of
+    return Place("tar", tuple(shards)) if shards and not _has_images_below(directory) else None
+
+
+def _has_images_below(directory: Path) -> bool:
+    from varpi.data.folder import _folders, _is_image
+
+    trees = (os.walk(directory / name) for name in _folders(directory))
+    return any(_is_image(file) for tree in trees for _, _, files in tree for file in files)
 
 
 def _is_saved(directory: Path) -> bool:
@@ -87,6 +248,45 @@ def _is_saved(directory: Path) -> bool:
     return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
 
 
-def _is_tabular(directory: Path) -> bool:
-    # A clone of a Hub repository keeps its files in data/. Looking deeper would walk whole image trees.
-    return _is_saved(directory) or any(directory.glob("*.parquet")) or any(directory.glob("data/*.parquet"))
+def _require_train(source: str, split: str) -> None:
+    if split != "train":
+        raise VarpiError(f"{source}: no split {split!r}; data without splits is split 'train'")
+
+
+def _expand(source: str) -> Iterator[Path]:
+    """The files that `source` names between commas, by globs, braces, or the directories they lie in.
+
+    Raises:
+        VarpiError: one of them is not there, or a glob matches none.
+    """
+    for part in _COMMA.split(source):
+        for name in _braces(part.strip()):
+            path = Path(name).expanduser()
+            if path.is_dir():
+                files = listed.paths if (listed := _listed(path)) else sorted(path.glob("*.parquet"))
+            elif path.is_file() or not glob.has_magic(name):
+                files = [path] if path.is_file() else []
+            else:
+                files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+                if not files:
+                    raise VarpiError(f"{name}: no file matches this pattern")
+            if not files:
+                raise VarpiError(f"{name}: no such file, or no data in it; {source!r} names it")
+            yield from files
+
+
+def _braces(text: str) -> Iterator[str]:
+    """`{0..3}` and `{a,b}` written out, but not one in the other; numbers are as wide as the first of their range."""
+    match = _BRACES.search(text)
+    if match is None:
+        yield text
+        return
+    if numbers := _RANGE.fullmatch(match[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        if not 0 <= last - first < _MOST_FILES:
+            raise VarpiError(f"{text}: {match[0]} must count upwards, to at most {_MOST_FILES} files")
+        choices = (f"{number:0{len(numbers[1])}}" for number in range(first, last + 1))
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        yield from _braces(f"{text[: match.start()]}{choice}{text[match.end() :]}")

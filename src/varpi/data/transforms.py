@@ -8,26 +8,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varpi.data.dataset import BadImage
+from varpi.data.dataset import BadImage, Dropped
 
 # A strip of 1x10000 pixels is a file gone wrong, and would swell to gigabytes when its short side is scaled up.
 _MAX_ASPECT_RATIO = 100
 
 
-def load_image(source: Path | bytes, name: str, image_size: int) -> Tensor:
+def load_image(source: Path | bytes, name: str, image_size: int, *, min_side: int = 0) -> Tensor:
     """Decode one image, of whatever color mode, and crop it to float32 (3, image_size, image_size) in [-1, 1].
 
     Args:
         source: a file, or the bytes of one.
         name: what to call it in an error.
         image_size: side of the result in pixels.
+        min_side: the shorter side that an image must have at least, in pixels.
 
     Raises:
+        Dropped: the image is smaller; its header says so, and nothing is decoded.
         BadImage: the file is missing, truncated or no image, or longer than wide beyond all use.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if min(opened.size) < min_side:
+                raise Dropped(f"{name}: {opened.width}x{opened.height} pixels; the shorter side must have {min_side}")
             image = to_rgb(opened)
+    except Dropped:
+        raise
     except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error, …
         reason = str(error) or type(error).__name__
         # Pillow puts the address of the buffer into this message

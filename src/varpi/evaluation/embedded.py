@@ -7,10 +7,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from varpi.data import open_dataset
+from varpi.data.digits import digit_in
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import Features, frechet_distance, precision_recall
 from varpi.evaluation.images import from_uint8, read_folder, read_npz
@@ -44,8 +46,8 @@ def measure(
 def evaluate_files(path: Path, split: str = "test") -> dict[str, float]:
     """Measure saved digit images: a directory of `varpi sample`, a folder of images, or an ADM-style `.npz`.
 
-    Against the digits of `split`. class_agreement needs the classes, which only `varpi sample` records, and is left out
-    without them.
+    Against the digits of `split`. class_agreement needs the classes, or prompts that name one digit each, which only
+    `varpi sample` records, and is left out without them.
     """
     record = path / "sample.json"
     if path.is_dir():
@@ -58,10 +60,19 @@ def evaluate_files(path: Path, split: str = "test") -> dict[str, float]:
     digits = open_dataset("digits", image_size=32, split=split)
     reference, _ = embed(judge, torch.stack([digits[i].image for i in range(len(digits))]))
     samples = from_uint8(images)
-    known = record.is_file()
-    classes = torch.tensor(json.loads(record.read_text())["classes"]) if known else torch.zeros(len(samples))
+    asked = _digits_asked(json.loads(record.read_text())) if record.is_file() else None
+    known = asked is not None
+    classes = torch.tensor(asked) if known else torch.zeros(len(samples))
     numbers = measure(samples, classes, judge, reference)
     return numbers if known else {name: value for name, value in numbers.items() if name != "class_agreement"}
+
+
+def _digits_asked(record: Mapping[str, Any]) -> list[int] | None:
+    """The class of each sample, as asked for by number or by word."""
+    if "classes" in record:
+        return record["classes"]
+    named = [digit_in(prompt) for prompt in record["prompts"]]
+    return None if None in named else [digit for digit in named if digit is not None]
 
 
 def summarize(measurements: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ Shapes: B images, N tokens per image (row-major grid), V vocabulary, L condition
 
 A *condition* is opaque outside the generator that understands it: it has a length, can be indexed with a slice or an
 index tensor, moved with `.to(device)` and concatenated with `concat_conditions`. Class ids are a plain int64 tensor.
+`prepare_condition` makes one from what data gives: class ids, captions, or caption features.
 """
 
 from typing import Any, Protocol, Self, runtime_checkable
@@ -13,9 +14,7 @@ from torch import Tensor, nn
 
 from .llamagen import LlamaGen, LlamaGenConfig, TextCondition
 
-__all__ = ["Condition", "Generator", "LlamaGen", "LlamaGenConfig", "TextCondition", "concat_conditions"]
-
-Condition = Tensor | TextCondition
+__all__ = ["Generator", "LlamaGen", "LlamaGenConfig", "TextCondition", "concat_conditions"]
 
 
 @runtime_checkable
@@ -25,16 +24,30 @@ class Generator(Protocol):
     vocab_size: int
     grid: int
     num_tokens: int
-    blocks: nn.ModuleList
+    num_classes: int | None
+    """Classes it knows; None: it is conditioned on text."""
     gradient_checkpointing: bool
     training: bool
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's layers: what is sharded, checkpointed and adapted by itself."""
+        ...
+
+    def reset_tables(self) -> None:
+        """Make again what no checkpoint holds; needed after construction on the meta device."""
+        ...
 
     def logits(self, tokens: Tensor, condition: Any) -> Tensor:
         """Teacher-forced float32 logits (B,N,V): position i predicts tokens[:, i] and sees only tokens[:, :i]."""
         ...
 
     def prepare_condition(self, condition: Any) -> Any:
-        """Validate a user's condition and move it to the generator's device."""
+        """The generator's own condition, on its device, from one of these or from a batch of what data gives.
+
+        Data gives class ids (int64 (B,) or a list), captions (a list of B strings), or caption features (a list of B
+        floating-point tensors (L,C) of valid tokens only). Raises VarpiError for what the generator cannot use.
+        """
         ...
 
     def drop_condition(self, condition: Any, drop: Tensor) -> Any:

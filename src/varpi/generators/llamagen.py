@@ -8,6 +8,7 @@ the rotary table is zero, not identity, at the condition positions, so their que
 not); and the last grid position is never an input.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,8 +209,11 @@ class LlamaGen(nn.Module):
         self.vocab_size = config.vocab_size
         self.grid = config.grid
         self.num_tokens = config.grid**2
+        self.num_classes = config.num_classes if config.conditioning == "class" else None
         self.condition_tokens = config.condition_tokens
         self.gradient_checkpointing = False
+        self.text_encoder: Callable[[Sequence[str]], list[Tensor]] | None = None
+        """Captions to features float (L,C) of valid tokens only; without one, captions must come as features."""
         if config.conditioning == "class":  # the last row is the null class, whatever the drop rate
             self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         else:
@@ -219,12 +223,12 @@ class LlamaGen(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.reset_rotary()
+        self.reset_tables()
         self.apply(_init_weights)
         nn.init.zeros_(self.output.weight)
 
-    def reset_rotary(self) -> None:
-        """(Re)build the rotary table, which no checkpoint holds; needed after construction on the meta device."""
+    def reset_tables(self) -> None:
+        """Make the rotary table again, which no checkpoint holds; needed after construction on the meta device."""
         table = rotary_table(self.config)
         self.register_buffer("rotary", table.to(self.token_embedding.weight.device), persistent=False)
 
@@ -257,27 +261,16 @@ class LlamaGen(nn.Module):
     # -- conditions
 
     def prepare_condition(self, condition: Any) -> Any:
-        """Validate class ids (anything `torch.as_tensor` takes) or a `TextCondition`; move it to this device."""
+        """A `TextCondition` from itself, captions or features (text); int64 (B,) from class ids (class)."""
         device = self.token_embedding.weight.device
         if self.config.conditioning == "text":
-            if not isinstance(condition, TextCondition):
-                raise VarpiError(f"this generator needs a TextCondition, not {type(condition).__name__}")
-            expected = (self.condition_tokens, self.config.caption_dim)
-            if condition.features.ndim != 3 or tuple(condition.features.shape[1:]) != expected:
-                raise VarpiError(
-                    f"caption features have shape {tuple(condition.features.shape)}; this generator needs (B, "
-                    f"{expected[0]}, {expected[1]})"
-                )
-            if condition.mask.shape != condition.features.shape[:2]:
-                raise VarpiError(
-                    f"caption mask has shape {tuple(condition.mask.shape)}; features need "
-                    f"{tuple(condition.features.shape[:2])}"
-                )
-            return condition.to(device)
+            return self._text_condition(condition).to(device)
         try:
             ids = torch.as_tensor(condition)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise VarpiError(f"class ids must be whole numbers, not {condition!r:.80}") from error
+            raise VarpiError(
+                f"class ids must be whole numbers, not {condition!r:.80}: this generator is conditioned on classes"
+            ) from error
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim != 1 or len(ids) == 0:
             raise VarpiError(f"class ids must be a non-empty 1-D integer tensor, not {ids.dtype} {tuple(ids.shape)}")
         wrong = ids[(ids < 0) | (ids > self.config.num_classes)]
@@ -287,6 +280,49 @@ class LlamaGen(nn.Module):
                 f"({self.config.num_classes} is the null class)"
             )
         return ids.long().to(device)
+
+    def _text_condition(self, condition: Any) -> TextCondition:
+        """Captions encoded, features padded on the left, and everything of the right size."""
+        if isinstance(condition, Sequence) and condition and all(isinstance(entry, str) for entry in condition):
+            if self.text_encoder is None:
+                raise VarpiError(
+                    "captions need a text encoder, for this generator reads caption features: give one "
+                    "(generator.text_encoder, --text-encoder), or features that `varpi encode captions` wrote"
+                )
+            condition = self.text_encoder(condition)
+        if isinstance(condition, Sequence) and condition and all(isinstance(entry, Tensor) for entry in condition):
+            return self._pad([feature.squeeze(0) if feature.ndim == 3 else feature for feature in condition])
+        if not isinstance(condition, TextCondition):
+            what = condition[0] if isinstance(condition, Sequence) and condition else condition
+            raise VarpiError(
+                f"this generator is conditioned on text: it needs captions, caption features or a TextCondition, not "
+                f"{type(what).__name__}"
+            )
+        expected = (self.condition_tokens, self.config.caption_dim)
+        if condition.features.ndim != 3 or tuple(condition.features.shape[1:]) != expected:
+            raise VarpiError(
+                f"caption features have shape {tuple(condition.features.shape)}; this generator needs (B, "
+                f"{expected[0]}, {expected[1]})"
+            )
+        if condition.mask.shape != condition.features.shape[:2]:
+            raise VarpiError(
+                f"caption mask has shape {tuple(condition.mask.shape)}; features need "
+                f"{tuple(condition.features.shape[:2])}"
+            )
+        return condition
+
+    def _pad(self, features: Sequence[Tensor]) -> TextCondition:
+        """Features (L,C) of each caption, of one width, zero-padded on the left to this generator's length."""
+        length, width = self.condition_tokens, self.config.caption_dim
+        for feature in features:
+            if feature.ndim != 2 or feature.shape[1] != width or not 1 <= len(feature) <= length:
+                raise VarpiError(
+                    f"caption features have shape {tuple(feature.shape)}; this generator needs (L, {width}) with L "
+                    f"from 1 to {length}: were they made by another text encoder?"
+                )
+        padded = torch.stack([F.pad(feature.float(), (0, 0, length - len(feature), 0)) for feature in features])
+        valid = torch.tensor([len(feature) for feature in features], device=padded.device)
+        return TextCondition(padded, torch.arange(length, device=padded.device) >= length - valid[:, None])
 
     def drop_condition(self, condition: Any, drop: Tensor) -> Any:
         """The null class, or the null caption (its mask unchanged), wherever `drop` bool (B,) is true."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from varpi.data import Batch, Dataset
+from varpi.data import Batch
 from varpi.recipe import Recipe
 from varpi.stages import Stages
 
@@ -47,8 +47,11 @@ class Method(Protocol):
         ...
 
 
-def build_method(recipe: Recipe, dataset: Dataset, device: str) -> Method:
-    """Load what the recipe names and put the method together. Everything that can be refused is refused here."""
+def build_method(recipe: Recipe, num_classes: int | None, device: str) -> Method:
+    """Load what the recipe names and put the method together. Everything that can be refused is refused here.
+
+    num_classes: of the data; None for captions.
+    """
     match recipe.method.name:
         case "va_pi":
             from .va_pi import from_recipe
@@ -59,4 +62,4 @@ def build_method(recipe: Recipe, dataset: Dataset, device: str) -> Method:
         case "classifier":
             from .classifier import from_recipe
     torch.manual_seed(recipe.seed)  # for what starts from fresh weights
-    return from_recipe(recipe, dataset, device)
+    return from_recipe(recipe, num_classes, device)

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from varpi.data import Batch, Dataset
+from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
 from varpi.methods.pair import autocast
@@ -41,10 +41,11 @@ class Classifier:
         save_classifier(self.model, path, state_dict, extra)
 
 
-def from_recipe(recipe: Recipe, dataset: Dataset, device: str) -> Classifier:
+def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> Classifier:
     settings = recipe.method
     assert isinstance(settings, Settings)
-    if dataset.num_classes is not None and dataset.num_classes > settings.num_classes:
-        raise VarpiError(f"method.num_classes is {settings.num_classes}, but the data has {dataset.num_classes}")
+    if num_classes is None or num_classes > settings.num_classes:
+        found = "captions" if num_classes is None else num_classes
+        raise VarpiError(f"method.num_classes is {settings.num_classes}, but the data has {found}")
     network = SmallConvNet(settings.channels, settings.num_classes).to(device)
     return Classifier(network, precision=recipe.training.precision, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from varpi import objective
-from varpi.data import Batch, Dataset
+from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
 from varpi.methods.pair import autocast, load_pair
@@ -68,9 +68,9 @@ class NextToken:
         return objective.prior_loss(logits, targets)
 
 
-def from_recipe(recipe: Recipe, dataset: Dataset, device: str) -> NextToken:
+def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> NextToken:
     assert isinstance(recipe.method, Settings)
-    generator, tokenizer = load_pair(recipe, dataset, device)
+    generator, tokenizer = load_pair(recipe, num_classes, device)
     return NextToken(
         generator,
         tokenizer,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varpi import objective
-from varpi.data import Batch, Dataset
+from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
 from varpi.methods.pair import autocast, load_pair, open_generator
@@ -192,18 +192,17 @@ class VaPi:
         return objective.uniforms(self.seed, step, batch.positions, shape, stream=stream, device=self.device)
 
 
-def from_recipe(recipe: Recipe, dataset: Dataset, device: str) -> VaPi:
+def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:
     settings = recipe.method
     assert isinstance(settings, Settings)
-    assert recipe.generator is not None
-    generator, tokenizer = load_pair(recipe, dataset, device)
+    generator, tokenizer = load_pair(recipe, num_classes, device)
     reward = settings.reward
     perceptual = None
     if reward.perceptual_weight > 0:
         perceptual = load_perceptual(reward.perceptual, reward.perceptual_weights, device)
     reference = None
     if settings.prior == "kl" and settings.prior_weight > 0:
-        reference = open_generator(recipe.generator, recipe.data.image_size, device)
+        reference = open_generator(recipe, device)
         reference.requires_grad_(False).eval()
     return VaPi(
         generator,

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from varpi.data import Batch, Dataset
+from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
 from varpi.methods.pair import autocast, open_tokenizer
@@ -65,7 +65,7 @@ class VqTokenizer:
         save_tokenizer(self.model, path, state_dict=state_dict, extra=extra)
 
 
-def from_recipe(recipe: Recipe, dataset: Dataset, device: str) -> VqTokenizer:
+def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VqTokenizer:
     settings = recipe.method
     assert isinstance(settings, Settings)
     assert recipe.tokenizer is not None

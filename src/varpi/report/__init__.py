@@ -72,11 +72,11 @@ class TableRow(NamedTuple):
 
 
 class SampleGrid(NamedTuple):
-    """Samples of one model: uint8 images (n,H,W,3) and the class id asked of each (n,)."""
+    """Samples of one model: uint8 images (n,H,W,3) and what was asked of each (n,), a class id or a prompt."""
 
     caption: str
     images: np.ndarray
-    classes: Sequence[int]
+    asked: Sequence[int] | Sequence[str]
 
 
 class Reconstruction(NamedTuple):
@@ -198,17 +198,20 @@ def _number(value: str | float) -> str:
 
 def _grid(grid: SampleGrid) -> dict:
     images = _checked(grid.images, f"the samples of {grid.caption}")
-    classes = np.asarray(grid.classes)
-    if classes.shape != (len(images),):
-        raise VarpiError(f"report: the samples of {grid.caption}: {len(images)} images, classes {classes.shape}")
-    ids, counts = np.unique(classes, return_counts=True)
+    asked = np.asarray(grid.asked)
+    if asked.shape != (len(images),):
+        raise VarpiError(f"report: the samples of {grid.caption}: {len(images)} images, {len(asked)} conditions")
+    kinds, counts = np.unique(asked, return_counts=True)
     alt = f"{grid.caption}: {len(images)} generated images"
-    if 1 < len(ids) <= 12 and (counts == counts[0]).all():
-        order = np.argsort(classes, kind="stable").reshape(len(ids), -1).T.reshape(-1)
-        alt += f", one class a column: {', '.join(map(str, ids))}"
-        return {"caption": grid.caption, "alt": alt, "image": _mosaic(images[order], len(ids)), "heads": ids.tolist()}
-    image = _mosaic(images, math.ceil(math.sqrt(len(images))))
-    return {"caption": grid.caption, "alt": alt, "image": image, "heads": []}
+    if not (1 < len(kinds) <= 12 and (counts == counts[0]).all()):
+        image = _mosaic(images, math.ceil(math.sqrt(len(images))))
+        return {"caption": grid.caption, "alt": alt, "image": image, "heads": [], "prompts": []}
+    order = np.argsort(asked, kind="stable").reshape(len(kinds), -1).T.reshape(-1)
+    prompts = kinds.tolist() if kinds.dtype.kind == "U" else []
+    heads = list(range(1, len(kinds) + 1)) if prompts else kinds.tolist()
+    alt += f", one {'prompt' if prompts else 'class'} a column: {', '.join(map(str, kinds))}"
+    image = _mosaic(images[order], len(kinds))
+    return {"caption": grid.caption, "alt": alt, "image": image, "heads": heads, "prompts": prompts}
 
 
 def _strips(reconstructions: Sequence[Reconstruction]) -> list[dict]:

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from varpi.data import BadImage, Batch, Batches, Dataset, Item, open_dataset
+from varpi.data import BadImage, Batch, Dataset, Dropped, Item
+from varpi.data.loader import collate_conditions
 from varpi.errors import VarpiError
 from varpi.files import write_text
 from varpi.generators import Generator
 from varpi.methods import Method, build_method
 from varpi.recipe import Optimizer, Recipe, read_yaml
+from varpi.training.batches import open_batches, open_split
 from varpi.training.distributed import World, gradient_norm, join_world, leave_world, shard
 from varpi.training.logging import Logger, Metrics, peak_memory
 from varpi.training.state import (
@@ -76,15 +78,9 @@ def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) ->
             f"training.batch_size is {training.batch_size}; it must be a multiple of {world.size} processes"
         )
     _check_output(run, recipe, resume)
-    dataset = open_dataset(
-        recipe.data.source,
-        image_size=recipe.data.image_size,
-        split=recipe.data.split,
-        image_column=recipe.data.image_column,
-        label_column=recipe.data.label_column,
-    )
-    held_out = _held_out(recipe)
-    method = build_method(recipe, dataset, world.device)
+    batches = open_batches(recipe, world)
+    held_out = None if recipe.validation is None else open_split(recipe.data, recipe.validation.split)
+    method = build_method(recipe, batches.num_classes, world.device)
     for model in (method.model, *method.frozen):
         shard(model, world, training.precision)
     optimizer = make_optimizer(method.model, recipe.optimizer)
@@ -92,41 +88,35 @@ def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) ->
     checkpoint = newest_whole(run, _warn) if resume else None
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, method.model, optimizer, world)
-    _check_data(run, dataset, world)
+    _check_data(run, batches.fingerprint, world)
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / "recipe.yaml", recipe.to_yaml())
-        write_text(run / "data.json", json.dumps({"fingerprint": dataset.fingerprint, "images": len(dataset)}))
+        write_text(run / "data.json", json.dumps({"fingerprint": batches.fingerprint}))
     world.barrier()
 
-    batches = Batches(
-        dataset,
-        batch_size=training.batch_size,
-        seed=recipe.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=recipe.data.workers,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-    )
-    batches.seen, batches.bad = _share(progress, world)
+    batches.seen, batches.bad, batches.dropped = _share(progress, world)
     logger = _logger(run, recipe, progress, world, show)
     with logger, _stop_signal() as stop:
         trainer = Trainer(recipe, method, optimizer, world)
-        stream = batches.from_step(progress.step // training.updates_per_batch)
+        cursor = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
+        stream = batches.from_cursor(cursor)
         finished = progress.step >= training.steps or _out_of_patience(recipe, progress)
         saved = progress.step
         while not finished:
             begun = time.perf_counter()
             batch_number = progress.step // training.updates_per_batch
-            for metrics in trainer.updates(next(stream), batch_number, progress):
+            batch = next(stream)
+            cursor = batch.cursor
+            for metrics in trainer.updates(batch, batch_number, progress):
                 metrics["seconds"] = (now := time.perf_counter()) - begun
                 progress.seconds += metrics["seconds"]
                 begun = now
                 if method_tokens := _tokens_per_image(method):
                     metrics["tokens_per_second"] = training.batch_size * method_tokens / metrics["seconds"]
                 logger.log(progress.step, metrics)
-            opened = world.sum([float(batches.seen), float(batches.bad)])
-            progress.images_opened, progress.bad_images = int(opened[0]), int(opened[1])
+            opened = world.sum([float(batches.seen), float(batches.bad), float(batches.dropped)])
+            progress.images_opened, progress.bad_images, progress.dropped_images = map(int, opened)
 
             finished = progress.step >= training.steps
             validation = recipe.validation
@@ -136,6 +126,7 @@ def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) ->
             stopping = bool(world.max(float(stop.is_set())))
             due = training.save_every is not None and progress.step % training.save_every == 0
             if due or finished or stopping:
+                progress.cursors = world.gather(cursor)
                 save_checkpoint(run, method.model, optimizer, progress, world, training.keep)
                 saved = progress.step
             if stopping and not finished:
@@ -143,6 +134,10 @@ def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) ->
                 return run
         if recipe.validation is None:
             _save_model(run, recipe, method, progress, world)
+        if progress.dropped_images:
+            logger.say(
+                f"left out {progress.dropped_images} of {progress.images_opened} images: no caption, or too small"
+            )
     return run
 
 
@@ -205,9 +200,7 @@ class Trainer:
 
     def _split(self, batch: Batch) -> list[Batch]:
         size = self.recipe.training.micro_batch or len(batch.images)
-        condition: Any = batch.condition
-        if isinstance(self.method.model, Generator):
-            condition = self.method.model.prepare_condition(condition)
+        condition = _condition(self.method, batch.condition)
         return [
             dataclasses.replace(
                 batch,
@@ -266,19 +259,18 @@ def _validate(
     size = recipe.training.micro_batch or recipe.training.batch_size
     total, images = 0.0, 0.0
     rounds = -(-count // (size * world.size))  # the same number on every process: sharded models work in step
+    filler = _first_readable(held_out)
     with torch.no_grad():
         for i in range(rounds):
             first = (i * world.size + world.rank) * size
             items = _readable(held_out, range(first, min(first + size, count)))
             read = len(items)
             if not items:  # sharded models need every process in every pass
-                items = [Item(torch.zeros(3, recipe.data.image_size, recipe.data.image_size), 0)]
-            condition: Any = torch.tensor([item.condition for item in items])
-            if isinstance(method.model, Generator):
-                condition = method.model.prepare_condition(condition)
+                items = [filler]
+            filler = items[0]
             batch = Batch(
                 images=torch.stack([item.image for item in items]).to(world.device),
-                condition=condition.to(world.device),
+                condition=_condition(method, collate_conditions([item.condition for item in items])).to(world.device),
                 positions=torch.arange(len(items)),
                 indices=torch.arange(len(items)),
                 bad=0,
@@ -287,8 +279,6 @@ def _validate(
             if read:
                 total, images = total + loss * read, images + read
     total, images = world.sum([total, images])
-    if not images:
-        raise VarpiError(f"validation: none of the {count} held-out images could be read")
     loss = total / images
     method.stages.take()
     progress.validations_since_best += 1
@@ -304,15 +294,27 @@ def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:
     return patience is not None and progress.validations_since_best >= patience
 
 
+def _condition(method: Method, condition: Any) -> Any:
+    """What data gives, in the form that the trained model takes."""
+    return method.model.prepare_condition(condition) if isinstance(method.model, Generator) else condition
+
+
 def _readable(dataset: Dataset, indices: range) -> list[Item]:
-    """The items that can be read; each of the others gets a warning."""
+    """The items that can be used; each of the others gets a warning."""
     items = []
     for index in indices:
         try:
             items.append(dataset[index])
-        except BadImage as error:
-            _warn(f"validation leaves out an unreadable image: {error}")
+        except (BadImage, Dropped) as error:
+            _warn(f"validation leaves out an image: {error}")
     return items
+
+
+def _first_readable(dataset: Dataset) -> Item:
+    for index in range(len(dataset)):
+        with suppress(BadImage, Dropped):
+            return dataset[index]
+    raise VarpiError(f"validation: none of the {len(dataset)} held-out images could be read")
 
 
 def _save_model(run: Path, recipe: Recipe, method: Method, progress: Progress, world: World) -> None:
@@ -321,18 +323,6 @@ def _save_model(run: Path, recipe: Recipe, method: Method, progress: Progress, w
         extra = {"recipe": recipe.to_yaml(), "step": str(progress.step)}
         method.save(run / "model.safetensors", weights, extra)
     world.barrier()
-
-
-def _held_out(recipe: Recipe) -> Dataset | None:
-    if recipe.validation is None:
-        return None
-    return open_dataset(
-        recipe.data.source,
-        image_size=recipe.data.image_size,
-        split=recipe.validation.split,
-        image_column=recipe.data.image_column,
-        label_column=recipe.data.label_column,
-    )
 
 
 def _check_output(run: Path, recipe: Recipe, resume: bool) -> None:
@@ -358,9 +348,9 @@ def _check_output(run: Path, recipe: Recipe, resume: bool) -> None:
             )
 
 
-def _check_data(run: Path, dataset: Dataset, world: World) -> None:
+def _check_data(run: Path, fingerprint: str, world: World) -> None:
     path = run / "data.json"
-    if path.is_file() and json.loads(path.read_text())["fingerprint"] != dataset.fingerprint:
+    if path.is_file() and json.loads(path.read_text())["fingerprint"] != fingerprint:
         raise VarpiError(f"{run} was trained on other data than the source now holds; choose another --output")
     world.barrier()
 
@@ -372,9 +362,10 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return dict(itertools.chain.from_iterable(item.items() for item in items))
 
 
-def _share(progress: Progress, world: World) -> tuple[int, int]:
-    """This process's part of the images counted before a resume."""
-    return progress.images_opened // world.size, progress.bad_images // world.size
+def _share(progress: Progress, world: World) -> tuple[int, int, int]:
+    """This process's part of the images counted before a resume: opened, unreadable, left out."""
+    opened, bad, dropped = progress.images_opened, progress.bad_images, progress.dropped_images
+    return opened // world.size, bad // world.size, dropped // world.size
 
 
 def _tokens_per_image(method: Method) -> int:

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from varpi.errors import VarpiError
 from varpi.files import write_text
 from varpi.training.distributed import World
 
+TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""A checkpoint holds what training changes; frozen weights come from their source again."""
+
 
 @dataclass
 class Progress:
@@ -46,7 +49,11 @@ class Progress:
     skipped_in_a_row: int = 0
     bad_images: int = 0
     """Unreadable images replaced so far, over all processes."""
+    dropped_images: int = 0
+    """Images left out on purpose so far, for want of a caption or of pixels."""
     images_opened: int = 0
+    cursors: list[int] = field(default_factory=list)
+    """Where each process's stream of data goes on."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
     best_step: int = 0
@@ -73,7 +80,7 @@ def save_checkpoint(
             aside.mkdir(parents=True)
 
     def write() -> None:
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
         with _without_warning():
             save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
         if world.is_main:
@@ -124,13 +131,13 @@ def newest_whole(run: Path, warn: Any) -> Path | None:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Progress:
     """Restore model and optimizer in place, under any number of processes; returns the progress."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
     try:
         with _without_warning():
             load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         raise VarpiError(f"{path}: cannot be loaded into this model ({_reason(error)})") from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINABLE)
     return Progress(**json.loads((path / "trainer.json").read_text()))
 
 

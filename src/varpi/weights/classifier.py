@@ -12,7 +12,7 @@ from varpi.errors import VarpiError
 from varpi.files import write_aside
 from varpi.objective.features import SmallConvNet
 from varpi.objective.perceptual import LPIPS, ConvFeatures, Perceptual
-from varpi.weights.files import embedded, read_state_dict
+from varpi.weights.files import embedded, read_checkpoint
 
 
 def save_classifier(
@@ -28,12 +28,12 @@ def save_classifier(
 
 def load_classifier(path: str | os.PathLike[str], device: str = "cpu") -> SmallConvNet:
     """A classifier that `save_classifier` wrote, frozen, in eval mode."""
-    tensors, metadata = read_state_dict(path)
-    description = json.loads((metadata or {}).get("varpi", "{}"))
+    checkpoint = read_checkpoint(path)
+    description = json.loads(checkpoint.metadata.get("varpi", "{}"))
     if description.get("kind") != "classifier":
         raise VarpiError(f"{os.fspath(path)}: holds no classifier that varpi wrote")
     network = SmallConvNet(**description["config"])
-    network.load_state_dict(tensors)
+    network.load_state_dict(checkpoint.tensors)
     return network.requires_grad_(False).eval().to(device)
 
 

@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,28 +26,66 @@ EMBEDDED = ("digits",)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WRAPPERS = ("model", "module", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "gpt_model.")
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What lies beside the weights of a transformers model and belongs to it."""
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 
 
-def read_state_dict(source: Source) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """The tensors of a checkpoint by name, and the safetensors metadata where there is some.
+class Checkpoint(NamedTuple):
+    """What a source holds."""
+
+    tensors: dict[str, Tensor]
+    """By name; those of a file may be memory-mapped: copy what you keep."""
+    metadata: dict[str, str]
+    """Of a safetensors file."""
+    folder: Path | None
+    """Where its file lies, and perhaps `SIDE_FILES` beside it; None for a state dict."""
+
+    def config(self) -> dict[str, Any]:
+        """The config.json beside the weights of a transformers model; empty where there is none."""
+        path = self.folder / "config.json" if self.folder is not None else None
+        if path is None or not path.is_file():
+            return {}
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise VarpiError(f"{path}: cannot be read as JSON ({line(error)})") from error
+        return config if isinstance(config, dict) and "model_type" in config else {}
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """The tensors of a checkpoint by name, and what else is known of it.
 
     Wrappers ("model", "module", "state_dict", tried in this order) are opened and the prefixes that DDP, torch.compile
-    and LlamaGen's trainers put before the names are taken off. Tensors of a file may be memory-mapped: copy what you
-    keep.
+    and LlamaGen's trainers put before the names are taken off.
 
     Raises:
         VarpiError: nothing is there, the file is damaged, or it holds other things than plain tensors.
     """
     if isinstance(source, Mapping):
-        return _unwrap(source, "state dict"), None
+        return Checkpoint(_unwrap(source, "state dict"), {}, None)
     path = find(source)
+    metadata: dict[str, str] | None = None
     if path.name.endswith(".index.json"):
-        return _unwrap(_read_shards(path), path), None
-    if path.suffix == ".safetensors":
+        tensors = _read_shards(path)
+    elif path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        return _unwrap(tensors, path), metadata
-    return _unwrap(_read_pickle(path), path), None
+    else:
+        tensors = _read_pickle(path)
+    return Checkpoint(_unwrap(tensors, path), metadata or {}, path.parent)
 
 
 def find(source: str | os.PathLike[str]) -> Path:
@@ -83,7 +121,7 @@ def _choose(files: Iterable[str], where: str, how: str) -> str:
     for preferred in ("model.safetensors", "consolidated.pth"):
         if preferred in files:
             return preferred
-    for endings in ((".safetensors.index.json",), SUFFIXES):
+    for endings in ((".safetensors.index.json",), (".bin.index.json",), SUFFIXES):
         candidates = [name for name in files if name.endswith(endings)]
         if len(candidates) == 1:
             return candidates[0]
@@ -110,6 +148,9 @@ def _download(repo: str, revision: str | None, file: str | None) -> Path:
         if path.name.endswith(".index.json"):
             for shard in _shards(path):
                 fetch(f"{Path(file).parent / shard}" if file else shard)
+        for name in SIDE_FILES:
+            if name in names:
+                fetch(name)
         return path
     except VarpiError:
         raise

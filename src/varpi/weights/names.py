@@ -6,13 +6,14 @@ it needs no table. Nothing here reads a file.
 
 import difflib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators.llamagen import SIZES, LlamaGenConfig
+from varpi.generators.pretrained import families
 from varpi.tokenizers.vq import VQConfig
 
 GENERATOR_NAMES: dict[str, str] = {  # original -> ours; {i} is the layer
@@ -39,12 +40,13 @@ GENERATOR_TABLES = {  # recomputed or scratch: old files hold them, nothing load
 }
 _OURS_TO_ORIGINAL = {ours: original for original, ours in GENERATOR_NAMES.items()}
 
-ARCHITECTURES: tuple[str, ...] = (
-    *(f"llamagen-c2i-{size}" for size in SIZES),
-    *(f"llamagen-t2i-{size}" for size in SIZES),
-    "vq-16",
-    "vq-8",
-)
+
+def architectures(kind: Literal["generator", "tokenizer"]) -> tuple[str, ...]:
+    """The names that an architecture can be given by."""
+    if kind == "tokenizer":
+        return "vq-16", "vq-8"
+    llamagen = (f"llamagen-{conditioning}-{size}" for conditioning in ("c2i", "t2i") for size in SIZES)
+    return (*llamagen, *(name for family in families().values() for name in family.ARCHITECTURES))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -68,19 +70,20 @@ def generator_config(name: str, grid: int) -> LlamaGenConfig:
     """The configuration of a named generator, for example "llamagen-c2i-xxl"."""
     match = re.fullmatch(r"llamagen-(c2i|t2i)-(\w+)", name.lower())
     if not match or match[2] not in SIZES:
-        raise VarpiError(_unknown(name, "generator", "llamagen"))
+        raise VarpiError(unknown(name, "generator", architectures("generator")))
     return LlamaGenConfig.named(match[2], grid=grid, conditioning="class" if match[1] == "c2i" else "text")
 
 
 def tokenizer_config(name: str) -> VQConfig:
     """The configuration of a named tokenizer: "vq-16" or "vq-8"."""
     if name.lower() not in ("vq-16", "vq-8"):
-        raise VarpiError(_unknown(name, "tokenizer", "vq"))
+        raise VarpiError(unknown(name, "tokenizer", architectures("tokenizer")))
     return VQConfig(downsample=int(name.split("-")[1]))
 
 
-def _unknown(name: str, kind: str, prefix: str) -> str:
-    known = [architecture for architecture in ARCHITECTURES if architecture.startswith(prefix)]
+def unknown(name: str, kind: str, known: Iterable[str]) -> str:
+    """What to say of an architecture that is not among the known ones."""
+    known = list(known)
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"no {kind} architecture is called {name!r}; {hint}"

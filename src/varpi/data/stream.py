@@ -1,0 +1,350 @@
+"""Batches of data too large to hold: the Hub, parquet files or tar shards, read from beginning to end.
+
+Each epoch takes the files in a new order and shuffles their rows in a buffer. Where the number of files is a multiple
+of the number of processes, each process reads files of its own; otherwise each reads all of them and keeps every
+world_size-th row. Either way every row comes once an epoch, to one process. The sequence of a process is a function of
+data, seed and world_size alone, and a place in it, the cursor, is the number of rows taken: to resume is to read again
+what was read before, without decoding it, at most one epoch and the part of the current one.
+"""
+
+import hashlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varpi.data.captions import CAPTION_FIELDS, pick_caption
+from varpi.data.dataset import BadImage, Dropped, Item
+from varpi.data.loader import BUFFER, FILES, UNREADABLE, Batch, Counts, collate_conditions, draw, permutation
+from varpi.data.source import Place, caption_fields, locate
+from varpi.data.transforms import load_image
+from varpi.errors import VarpiError
+
+logger = logging.getLogger(__name__)
+
+SHUFFLE_BUFFER = 1000
+"""Rows that are shuffled among each other, where nothing else is asked for."""
+# Rows without one that can be used, after which a run stops
+_MAX_UNUSABLE = 1000
+_DRAWS = 4096
+
+Row = tuple[str, dict[str, Any]]
+"""What to call the row in an error, and its fields, with the image still encoded."""
+Load = Callable[[str, dict[str, Any]], Item]
+Opened = tuple[Sequence[Callable[[], Iterator[Row]]], Load, int | None, str]
+"""The first four arguments of `StreamBatches`."""
+
+
+class StreamBatches(Counts):
+    """An endless, deterministic stream of batches of rows in files, to be continued from a cursor.
+
+    A row that cannot be used makes room for the next one. `open` makes one from a source.
+
+    Args:
+        files: for each file, in an order that depends on the data alone, what begins to read its rows.
+        load: makes an item of a row; raises BadImage or Dropped.
+        num_classes: of the items; None for captions.
+        fingerprint: hex digest that changes with the data.
+        shuffle_buffer: rows held in memory, encoded, among which the next one is picked; 1 keeps their order.
+        batch_size: images in the global batch, over all ranks.
+        seed: of the order.
+        rank: this process's number in [0, world_size); positions are as in `Batches`.
+        world_size: number of processes.
+        workers: threads that decode ahead; 0 decodes when a batch is asked for. The content is the same.
+        max_bad_fraction: as in `Batches`.
+
+    Raises:
+        VarpiError: no files, or arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Callable[[], Iterator[Row]]],
+        load: Load,
+        *,
+        num_classes: int | None,
+        fingerprint: str,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        if not files:
+            raise VarpiError("the stream has no files; a batch needs at least one image")
+        if batch_size < 1 or batch_size % world_size:
+            raise VarpiError(f"batch_size is {batch_size}; it must be a positive multiple of {world_size} processes")
+        if not 0 <= rank < world_size:
+            raise VarpiError(f"rank is {rank}; it must be in [0, {world_size})")
+        if workers < 0:
+            raise VarpiError(f"workers is {workers}; it must be >= 0")
+        if shuffle_buffer < 1:
+            raise VarpiError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 1")
+        super().__init__(max_bad_fraction)
+        self.num_classes = num_classes
+        self.fingerprint = fingerprint
+        self._load = load
+        self._shuffle_buffer = shuffle_buffer
+        self._local = batch_size // world_size
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._workers = workers
+        own_files = len(files) % world_size == 0
+        self._files = files[rank::world_size] if own_files else files
+        self._rows_kept = slice(0, None) if own_files else slice(rank, None, world_size)
+        if not own_files and rank == 0:
+            logger.warning(
+                "%d files are no multiple of %d processes: each process reads all of them and keeps one row in %d",
+                len(files),
+                world_size,
+                world_size,
+            )
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        image_size: int,
+        split: str = "train",
+        image_column: str = "image",
+        label_column: str = "label",
+        caption_column: str | Sequence[str] | None = None,
+        min_side: int | None = None,
+        **options: Any,
+    ) -> "StreamBatches":
+        """Stream a dataset of the Hub, parquet files or tar shards, named as for `open_dataset`, as are the arguments.
+
+        The members of a sample must follow one another in their tar shard. Classes must be named in the data
+        (`ClassLabel`), because a stream does not know the largest of them.
+
+        Args:
+            options: as for the class itself, from `shuffle_buffer` on.
+
+        Raises:
+            VarpiError: as `open_dataset`, and for data that needs no stream.
+        """
+        if image_size < 1:
+            raise VarpiError(f"image_size is {image_size}; it must be at least 1")
+        fields = caption_fields(caption_column)
+        if fields and label_column != "label":
+            raise VarpiError(f"label_column {label_column!r} and caption_column are both given; leave out one of them")
+        place = locate(str(source), split)
+        if place.kind == "tar":
+            opened = _open_tars(place, fields or CAPTION_FIELDS, image_size, min_side)
+        elif place.kind in ("parquet", "hub"):
+            name = f"{source}[{split}]"
+            opened = _open_table(place, split, name, image_column, label_column, fields, image_size, min_side)
+        else:
+            raise VarpiError(f"{source}: only parquet files, tar shards and the Hub are streamed; leave out stream")
+        files, load, num_classes, fingerprint = opened
+        return cls(files, load, num_classes=num_classes, fingerprint=fingerprint, **options)
+
+    def cursor_at(self, step: int, saved: Sequence[int]) -> int:
+        """Where this process goes on, given the cursors that all of them `saved`; none were at the beginning of a run.
+
+        Raises:
+            VarpiError: another number of processes saved them.
+        """
+        if not saved:
+            return 0
+        if len(saved) != self._world_size:
+            raise VarpiError(
+                f"a streamed run continues only with the same number of processes: it had {len(saved)}, this is "
+                f"{self._world_size}"
+            )
+        return saved[self._rank]
+
+    def from_cursor(self, cursor: int) -> Iterator[Batch]:
+        """Endless iterator over the batches from row `cursor` >= 0 of this process on; 0 is the first.
+
+        A batch's `cursor` is what continues after it, and its `indices` number rows without two of a kind among the
+        processes: rank + world_size * (place of the row in the sequence of its process).
+
+        Raises:
+            VarpiError: more than `max_bad_fraction` of the images were unreadable, 1000 rows in a row could not be
+                used, or a file cannot be read.
+        """
+        rows = self._rows_from(cursor)
+        outcomes = itertools.starmap(self._outcome, rows) if self._workers == 0 else self._decoded_ahead(rows)
+        positions = torch.arange(self._local) + self._rank * self._local
+        while True:
+            items: list[Item] = []
+            indices: list[int] = []
+            bad, dropped, unusable = 0, 0, 0
+            while len(items) < self._local:
+                number, outcome = next(outcomes)
+                if isinstance(outcome, Item):
+                    items.append(outcome)
+                    indices.append(self._rank + self._world_size * number)
+                    cursor, unusable = number + 1, 0
+                    self.count(1, [], [])
+                    continue
+                failures, drops = ([str(outcome)], []) if isinstance(outcome, BadImage) else ([], [str(outcome)])
+                bad, dropped, unusable = bad + len(failures), dropped + len(drops), unusable + 1
+                stuck = f"{_MAX_UNUSABLE} rows in a row cannot be trained on" if unusable == _MAX_UNUSABLE else None
+                self.count(1, failures, drops, UNREADABLE if stuck and failures else stuck)
+            yield Batch(
+                images=torch.stack([item.image for item in items]),
+                condition=collate_conditions([item.condition for item in items]),
+                positions=positions,
+                indices=torch.tensor(indices),
+                bad=bad,
+                dropped=dropped,
+                cursor=cursor,
+            )
+
+    def _outcome(self, number: int, row: Row) -> tuple[int, Item | BadImage | Dropped]:
+        try:
+            return number, self._load(*row)
+        except (BadImage, Dropped) as error:
+            return number, error
+
+    def _decoded_ahead(self, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Item | BadImage | Dropped]]:
+        """One thread reads, the others decode, two batches ahead; in order."""
+        reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(self._workers)
+        ahead: deque[Future[tuple[int, Item | BadImage | Dropped]]] = deque()
+        try:
+            while True:
+                while len(ahead) < 2 * self._local + self._workers:
+                    read = reader.submit(next, rows)
+                    ahead.append(decoders.submit(lambda read: self._outcome(*read.result()), read))
+                yield ahead.popleft().result()
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+            decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _rows_from(self, cursor: int) -> Iterator[tuple[int, Row]]:
+        """The rows of this process over all epochs, numbered, from number `cursor` on."""
+        epoch = number = 0
+        while True:
+            first = number
+            for row in self._epoch(epoch):
+                if number >= cursor:
+                    yield number, row
+                number += 1
+            if number == first:
+                raise VarpiError(f"the stream has too few rows for {self._world_size} processes; one finds none")
+            epoch += 1
+            if cursor > number:  # every epoch is as long as the first
+                epoch = cursor // number
+                number *= epoch
+
+    def _epoch(self, epoch: int) -> Iterator[Row]:
+        order = permutation(self._seed, FILES, epoch, len(self._files))
+        rows = itertools.chain.from_iterable(self._files[number]() for number in order)
+        kept = itertools.islice(rows, self._rows_kept.start, None, self._rows_kept.step)
+        return _shuffled(kept, self._shuffle_buffer, self._draws(epoch))
+
+    def _draws(self, epoch: int) -> Iterator[int]:
+        for block in itertools.count():
+            yield from draw(self._seed, BUFFER, (epoch, block, 0), _DRAWS).tolist()
+
+
+def _shuffled(rows: Iterator[Row], size: int, draws: Iterator[int]) -> Iterator[Row]:
+    """Each row in turn takes the place of a random one of the `size` that wait, which comes out."""
+    waiting = list(itertools.islice(rows, size))
+    for row in rows:
+        place = next(draws) % size
+        row, waiting[place] = waiting[place], row
+        yield row
+    while waiting:
+        place = next(draws) % len(waiting)
+        waiting[place], waiting[-1] = waiting[-1], waiting[place]
+        yield waiting.pop()
+
+
+def _open_tars(place: Place, fields: Sequence[str], image_size: int, min_side: int | None) -> Opened:
+    from varpi.data.tars import check_shard, read_samples, sample_caption
+
+    smallest = image_size if min_side is None else min_side
+
+    def load(name: str, parts: dict[str, bytes]) -> Item:
+        caption = sample_caption(parts.get("json"), parts.get("txt"), fields, name)
+        return Item(load_image(parts["image"], name, image_size, min_side=smallest), caption)
+
+    for path in place.paths:
+        check_shard(str(path))
+    return [partial(read_samples, str(path)) for path in place.paths], load, None, _fingerprint(place.paths)
+
+
+def _open_table(
+    place: Place,
+    split: str,
+    name: str,
+    image_column: str,
+    label_column: str,
+    fields: Sequence[str],
+    image_size: int,
+    min_side: int | None,
+) -> Opened:
+    from varpi.data.hub import check_columns, check_image_type, decode_cell, stream_hub, stream_parquet
+
+    if place.kind == "hub":
+        rows, commit = stream_hub(place.name, place.revision, split)
+        fingerprint = _fingerprint((), place.name, commit, split)
+    else:
+        rows, paths = stream_parquet(place.paths, split)
+        fingerprint = _fingerprint(paths, split)
+    features: Any = rows.features
+    columns = check_columns(
+        list(features),
+        name,
+        image_column=image_column,
+        label_column=None if fields else label_column,
+        caption_columns=fields,
+    )
+    check_image_type(features.arrow_schema.field(image_column).type, name, image_column)
+    rows = rows.select_columns([image_column, *columns])
+    files = [partial(_read_rows, rows, number, name) for number in range(rows.num_shards)]
+    smallest = image_size if min_side is None else min_side
+
+    def load_captioned(name: str, row: dict[str, Any]) -> Item:
+        caption = pick_caption(row, fields)
+        if caption is None:
+            raise Dropped(f"{name}: no caption in {' or '.join(fields)}")
+        return Item(decode_cell(row[image_column], name, image_size, min_side=smallest), caption)
+
+    if fields:
+        return files, load_captioned, None, fingerprint
+    if min_side is not None:
+        raise VarpiError(f"{name}: min_side is for captioned images of many sizes; leave it out")
+    class_names = getattr(features[label_column], "names", None)
+    if class_names is None:
+        raise VarpiError(
+            f"{name}: column {label_column!r} does not name its classes (ClassLabel), and a stream cannot count them; "
+            "leave out stream, or give caption_column"
+        )
+
+    def load_labelled(name: str, row: dict[str, Any]) -> Item:
+        label = row[label_column]
+        if label is None or not 0 <= label < len(class_names):
+            raise VarpiError(f"{name}: column {label_column!r} holds {label}, but names {len(class_names)} classes")
+        return Item(decode_cell(row[image_column], name, image_size), label)
+
+    return files, load_labelled, len(class_names), fingerprint
+
+
+def _read_rows(rows: Any, file: int, name: str) -> Iterator[Row]:
+    """The rows of one of the files of a streamed dataset."""
+    from varpi.data.hub import reason
+
+    try:
+        for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=file)):
+            yield f"{name} file {file} row {number}", row
+    except Exception as error:
+        raise VarpiError(f"{name}: file {file} cannot be read on ({reason(error)})") from error
+
+
+def _fingerprint(paths: Sequence[Path], *facts: str) -> str:
+    files = [f"{path.name} {path.stat().st_size}" for path in paths]
+    return hashlib.sha256("\0".join([*facts, *files]).encode()).hexdigest()

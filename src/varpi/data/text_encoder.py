@@ -1,0 +1,164 @@
+"""From captions to T5 features, as LlamaGen's text-conditional models were trained on them."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varpi.data.captions import clean_caption
+from varpi.errors import VarpiError
+from varpi.files import line
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
+_VOCABULARIES = ("tokenizer.json", "spiece.model")
+
+
+class TextEncoder:
+    """The encoder of a T5 and its tokenizer, frozen.
+
+    Args:
+        source: a directory in transformers' layout, or a Hub id ("google/flan-t5-xl", the encoder of LlamaGen's
+            released models; "org/name@revision").
+        max_tokens: longer captions are cut to this many tokens, the closing `</s>` included. LlamaGen's is 120.
+        device: where the encoder computes, and where the features are.
+        dtype: of its weights. LlamaGen's is bfloat16.
+
+    Raises:
+        VarpiError: nothing is there, it lacks a file or a weight, it is no T5, or a package is missing.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        max_tokens: int = 120,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if max_tokens < 1:
+            raise VarpiError(f"max_tokens is {max_tokens}; it must be at least 1, for the closing </s>")
+        clean_caption("")  # a missing package had better show before gigabytes are loaded
+        self.source = str(source)
+        self.max_tokens = max_tokens
+        self.device = torch.device(device)
+        self.batch_size = 32
+        """Captions in one pass of the encoder."""
+        self._tokenizer, model = _load(_folder(self.source), self.source, dtype)
+        self._model = model.eval().requires_grad_(False).to(self.device)
+        self.width: int = model.config.d_model
+        """C, the channels of the features."""
+
+    @torch.no_grad()  # not inference_mode: a generator is trained on these tensors
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        """Features of each caption: float32 (L, C) on `device`, L in [1, max_tokens], `</s>` last, no padding.
+
+        The captions are cleaned first (`clean_caption`, twice). They are padded on the right to the longest of a batch
+        and masked, so that the result depends on their company by no more than rounding.
+
+        Raises:
+            VarpiError: a caption is not a string.
+        """
+        if isinstance(captions, str):
+            raise VarpiError("the text encoder takes a list of captions, not a single string")
+        cleaned = [clean_caption(clean_caption(caption)) for caption in captions]
+        features: list[Tensor] = []
+        for start in range(0, len(cleaned), self.batch_size):
+            features += self._encode(cleaned[start : start + self.batch_size])
+        return features
+
+    def _encode(self, captions: list[str]) -> list[Tensor]:
+        tokens = self._tokenizer(
+            captions, max_length=self.max_tokens, truncation=True, padding="longest", return_tensors="pt"
+        ).to(self.device)
+        mask = tokens["attention_mask"]
+        # A generator that trains in mixed precision may call from within autocast; stored features must be the same
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self._model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        return [row[valid].float() for row, valid in zip(hidden, mask.bool(), strict=True)]
+
+
+def _load(folder: Path, where: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Tokenizer and encoder of the T5 in `folder`."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise VarpiError(f"the text encoder needs {error.name}: pip install 'varpi[text]'") from error
+    disable_progress_bar()  # of a second's work, amid the lines of a run
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise VarpiError(f"{where}: holds no config.json; expected a T5 in transformers' layout") from error
+    except (OSError, ValueError) as error:
+        raise VarpiError(f"{where}: its config.json cannot be read ({line(error)})") from error
+    if (kind := config.get("model_type") if isinstance(config, dict) else None) != "t5":
+        raise VarpiError(f"{where}: is a model of type {kind!r}; the text encoder must be a T5")
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty tokenizer up
+        raise VarpiError(f"{where}: holds no tokenizer ({' or '.join(_VOCABULARIES)})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, padding_side="right", truncation_side="right", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # which exception a damaged file raises depends on its format
+        raise VarpiError(f"{where}: its tokenizer cannot be loaded ({line(error)})") from error
+    try:
+        loaded: Any = T5EncoderModel.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:
+        raise VarpiError(f"{where}: its weights cannot be loaded ({line(error)})") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers draws these at random
+        raise VarpiError(f"{where}: {len(missing)} weights of the encoder are missing, {missing[0]} for one")
+    if len(tokenizer) > model.config.vocab_size:
+        raise VarpiError(
+            f"{where}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return tokenizer, model
+
+
+def _folder(source: str) -> Path:
+    """The directory that `source` means, downloaded if need be."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    match = _HUB_ID.fullmatch(source)
+    if path.exists() or not match:
+        raise VarpiError(f"{source}: no such directory, nor a Hub id (org/name[@revision]); expected a T5")
+    return _download(match["repo"], match["revision"])
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """Bring a T5 into the Hub's own cache, or find it there when the Hub cannot be reached."""
+    import huggingface_hub as hub  # not at the top: a second to import, seldom needed
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        # Asked first, because it gives up after ten seconds without a network; a download would try again and again
+        listing = hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
+        safe = any(file.rfilename.endswith(".safetensors") for file in listing)
+        wanted = ["*.json", "spiece.model", "*.safetensors" if safe else "*.bin"]
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"))
+    except errors.GatedRepoError as error:
+        raise VarpiError(f"{where}: needs permission; accept its terms on the Hub, then `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise VarpiError(f"{where}: the Hub's {repo} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise VarpiError(f"{where}: no such directory here and no such repository on the Hub") from error
+    except Exception as error:  # no network: which exception says so differs between versions of huggingface_hub
+        try:
+            return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except errors.LocalEntryNotFoundError as absent:
+            # Recent versions raise when only part of the repository was downloaded, which is all we ever do
+            if partial := getattr(absent, "snapshot_path", None):
+                return Path(partial)
+        raise VarpiError(
+            f"{where}: no such directory here, the Hub cannot be reached ({type(error).__name__}), and its cache does "
+            "not hold it; download it where there is a network and pass the directory"
+        ) from error

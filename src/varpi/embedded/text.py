@@ -1,0 +1,46 @@
+"""Makes the text encoder of the captioned digits: `python -m varpi.embedded.text`, part of `make embedded`.
+
+A real T5 encoder of one small layer, with random weights and a vocabulary of whole words. It is never trained: that
+different words have different features is all that captions of digits need.
+"""
+
+from pathlib import Path
+
+import torch
+
+from varpi.data.digits import HELD_OUT_PHRASES, PHRASES, WORDS
+
+FOLDER = Path(__file__).parent / "digits-text"
+
+
+def make(folder: Path) -> None:
+    """Write config.json, model.safetensors and the tokenizer into `folder`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = sorted({word for phrase in (*PHRASES, *HELD_OUT_PHRASES) for word in phrase.split()} - {"{}"})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=120
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    make(FOLDER)

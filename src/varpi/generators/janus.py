@@ -1,0 +1,405 @@
+"""Janus-Pro (arXiv 2501.17811): a Llama that generates images from prompts, on transformers' implementation.
+
+Shapes: B images, N tokens per image (row-major grid), V image vocabulary, P prompt tokens, S = P + N - 1 positions.
+
+Both released layouts load, deepseek's ("multi_modality") and transformers' ("janus"); inside, the names are
+transformers'. The half that understands images is carried along, frozen.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from varpi.errors import VarpiError
+from varpi.generators.janus_files import (
+    SIZES,
+    SPECIAL,
+    config_for,
+    config_from,
+    special_ids,
+    text_tokenizer,
+    transformers,
+    transformers_name,
+    transformers_tensors,
+    vq_config,
+    vq_tensors,
+)
+from varpi.tokenizers.vq import VQ
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as TextTokenizer
+    from transformers import JanusConfig
+
+    from varpi.generators.pretrained import Pretrained
+
+__all__ = ["ARCHITECTURES", "MODEL_TYPES", "Janus", "PromptCondition", "assemble", "assemble_tokenizer", "config_for"]
+
+MODEL_TYPES = ("janus", "multi_modality")
+ARCHITECTURES = tuple(SIZES)
+COMPAT = ("shifted_logits", "attend_padding")
+
+
+@dataclass(frozen=True)
+class PromptCondition:
+    """Prompts, left-padded.
+
+    ids: int64 (B,P). mask: bool (B,P), true where valid. pad_id: what stands in `ids` where nothing is valid.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> "PromptCondition":
+        return replace(self, ids=self.ids[index], mask=self.mask[index])
+
+    def to(self, device: torch.device | str) -> "PromptCondition":
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
+
+    def concat(self, other: "PromptCondition") -> "PromptCondition":
+        """`self` followed by `other`; the shorter side is padded on the left."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+        ids = [F.pad(side.ids, (width - side.ids.shape[1], 0), value=self.pad_id) for side in (self, other)]
+        mask = [F.pad(side.mask, (width - side.mask.shape[1], 0), value=False) for side in (self, other)]
+        return replace(self, ids=torch.cat(ids), mask=torch.cat(mask))
+
+
+class Cache:
+    """Keys and values (B,H,S,E) of every layer, written in place, and `visible` bool (B,1,1,S), true where not padding.
+
+    Made anew by each prefill, which first knows the length of the prompts. It stands where transformers' layers expect
+    a cache of theirs; unlike their static one it hands out only what has been written, and takes any dtype.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.visible = torch.empty(0)
+        self.length = 0
+
+    def reset(self, shape: tuple[int, ...], layers: int, like: Tensor, visible: Tensor) -> None:
+        """Room for keys of this shape, in the dtype and on the device of `like`."""
+        self.keys = [like.new_zeros(shape) for _ in range(layers)]
+        self.values = [like.new_zeros(shape) for _ in range(layers)]
+        self.visible, self.length = visible, 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values at `length`; all up to them."""
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Janus(nn.Module):
+    """The generator. `logits` means the same in train and eval mode; it never drops the condition.
+
+    config: of the transformers model, which becomes `hf`.
+    compat: "shifted_logits": `logits` takes N inputs and reads position i after token i went in, as VA-π's released
+        training code does by mistake. "attend_padding": a dropped row of a padded batch attends to its left padding
+        too, as the all-ones mask of deepseek's code makes it; an image then depends on its batch.
+    folder: where the files of the text tokenizer lie.
+    tokenizer: that text tokenizer; without one, conditions must be token ids.
+    ids: of the special tokens, by the keys of `SPECIAL`.
+    """
+
+    def __init__(
+        self,
+        config: "JanusConfig",
+        *,
+        compat: Mapping[str, bool] | None = None,
+        folder: Path | None = None,
+        tokenizer: "TextTokenizer | None" = None,
+        ids: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        vision, vq = cast(Any, config.vision_config), cast(Any, config.vq_config)
+        config._attn_implementation = "sdpa"  # the one that takes the masks made here
+        self.hf: Any = transformers().JanusForConditionalGeneration(config)
+        self.compat = {name for name, on in (compat or {}).items() if on}
+        self.folder = folder
+        self.text_tokenizer = tokenizer
+        self.special_ids = dict(ids or {})
+        architecture = {"architectures": ["JanusForConditionalGeneration"]}
+        self.hf_config: dict[str, Any] = {**architecture, **json.loads(config.to_json_string())}
+        self.num_tokens: int = vision.num_image_tokens
+        self.grid = math.isqrt(self.num_tokens)
+        self.vocab_size: int = vq.num_embeddings
+        self.num_classes: int | None = None
+        self.gradient_checkpointing = False
+        self.tied: bool = config.tie_word_embeddings
+        model = self.hf.model
+        self.hf.requires_grad_(False)
+        for part in ("language_model", "generation_embeddings", "generation_aligner", "generation_head"):
+            model.get_submodule(part).requires_grad_(True)
+        if self.tied:  # the table is the understanding half's output layer too
+            model.language_model.embed_tokens.requires_grad_(False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.hf.model.language_model.layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.model.generation_head.vision_head.weight.device
+
+    def reset_tables(self) -> None:
+        """Make what no checkpoint holds again: rotary frequencies, SigLIP's position ids, the tied output layer."""
+        language_model, embeddings = self.hf.model.language_model, self.hf.model.vision_model.embeddings
+        with torch.device("cpu"):
+            rotary = type(language_model.rotary_emb)(config=language_model.config)
+            positions = torch.arange(embeddings.num_positions)[None]
+        language_model.rotary_emb = rotary.to(self.device)
+        embeddings.position_ids = positions.to(self.device)
+        if self.tied:
+            self.hf.lm_head.weight = language_model.embed_tokens.weight
+
+    def name_in_file(self, name: str) -> str | None:
+        """Transformers' name of an entry of the state dict; None for the output layer where it is a tied copy."""
+        return None if self.tied and name == "hf.lm_head.weight" else name.removeprefix("hf.")
+
+    # -- teacher forcing
+
+    def forward(self, tokens: Tensor, condition: PromptCondition) -> Tensor:
+        return self.logits(tokens, condition)
+
+    def logits(self, tokens: Tensor, condition: PromptCondition) -> Tensor:
+        """Float32 logits (B,N,V) for tokens int64 (B,N); position i predicts tokens[:, i] from tokens[:, :i].
+
+        With `shifted_logits` position i has seen tokens[:, :i + 1], what it is to predict included.
+        """
+        if tokens.shape != (len(condition), self.num_tokens):
+            raise VarpiError(
+                f"Janus.logits: tokens have shape {tuple(tokens.shape)}; {len(condition)} prompts and this generator's "
+                f"{self.grid}x{self.grid} grid need ({len(condition)}, {self.num_tokens})"
+            )
+        shifted = "shifted_logits" in self.compat
+        prompt, images = self._embed_prompt(condition), self._embed_images(tokens if shifted else tokens[:, :-1])
+        valid = F.pad(condition.mask, (0, images.shape[1]), value=True)
+        whole = valid.all()  # without padding no mask is needed, and the fastest attention serves
+        with self._checkpointed():
+            hidden = self._language_model(
+                torch.cat([prompt, images], dim=1),
+                None if whole else _causal_mask(valid),
+                None if whole else _positions(valid),
+            )
+        return self._head(hidden[:, -self.num_tokens :])
+
+    def _embed_prompt(self, condition: PromptCondition) -> Tensor:
+        return self.hf.model.language_model.embed_tokens(condition.ids)
+
+    def _embed_images(self, tokens: Tensor) -> Tensor:
+        return self.hf.prepare_embeddings_for_image_generation(tokens)
+
+    def _language_model(
+        self, embeddings: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        output = self.hf.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.hf.model.generation_head(hidden).float()
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Transformers checkpoints a layer in train mode only: claim that mode for the layers, not for their parts."""
+        layers: list[Any] = list(self.blocks) if self.gradient_checkpointing and torch.is_grad_enabled() else []
+        modes = [layer.training for layer in layers]
+        for layer in layers:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.gradient_checkpointing = layer.training = True
+        try:
+            yield
+        finally:
+            for layer, mode in zip(layers, modes, strict=True):
+                layer.gradient_checkpointing, layer.training = False, mode
+
+    # -- conditions
+
+    def prepare_condition(self, condition: Any) -> PromptCondition:
+        """A `PromptCondition` on this device, from one, or from a list of captions or of lists of token ids.
+
+        A caption gets the dialogue that Janus-Pro was trained on around it; token ids are used as they are. Raises
+        VarpiError for class ids, for blank captions, and for what the model's vocabulary or context cannot hold.
+        """
+        if not isinstance(condition, PromptCondition):
+            condition = self._pad(self._token_ids(condition))
+        room = self.hf.config.text_config.max_position_embeddings - self.num_tokens
+        vocabulary = self.hf.config.text_config.vocab_size
+        lengths = condition.mask.sum(dim=1).tolist()
+        for i, length in enumerate(lengths):
+            if length > room:
+                raise VarpiError(
+                    f"prompt {i} has {length} tokens; beside the {self.num_tokens} of an image {room} fit into this "
+                    "model's context: shorten it"
+                )
+        wrong = condition.ids[(condition.ids < 0) | (condition.ids >= vocabulary)]
+        if len(wrong):
+            raise VarpiError(f"token id {int(wrong[0])} is out of range: this model's text vocabulary has {vocabulary}")
+        return condition.to(self.device)
+
+    def drop_condition(self, condition: PromptCondition, drop: Tensor) -> PromptCondition:
+        """The empty prompt wherever `drop` bool (B,) is true: all but a prompt's first and last token become padding.
+
+        The prompt keeps its length: padding in the place of its tokens is attended to, as in deepseek's sampling code.
+        """
+        place = torch.arange(condition.ids.shape[1], device=condition.ids.device)
+        first = condition.mask.long().argmax(dim=1)  # the beginning of the sequence; the last one begins the image
+        kept = (place == first[:, None]) | (place == len(place) - 1)
+        ids = condition.ids.masked_fill(drop[:, None] & ~kept, condition.pad_id)
+        mask = condition.mask | drop[:, None] if "attend_padding" in self.compat else condition.mask
+        return replace(condition, ids=ids, mask=mask)
+
+    def _token_ids(self, prompts: Any) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence | Tensor) or len(prompts) == 0:
+            raise VarpiError(f"prompts must be a list of captions, at least one, not {_short(prompts)}")
+        rows = []
+        for i, prompt in enumerate(prompts.tolist() if isinstance(prompts, Tensor) else prompts):
+            if isinstance(prompt, str):
+                rows.append(self._tokenize(prompt, i))
+            elif isinstance(prompt, Sequence) and prompt and all(isinstance(token, int) for token in prompt):
+                rows.append(list(prompt))
+            elif isinstance(prompt, int):
+                raise VarpiError(
+                    f"prompt {i} is the class id {prompt}; Janus-Pro is conditioned on text: give captions"
+                )
+            else:
+                raise VarpiError(f"prompt {i} is {_short(prompt)}; Janus-Pro reads captions, or lists of token ids")
+        return rows
+
+    def _tokenize(self, caption: str, i: int) -> list[int]:
+        if not caption.strip():
+            raise VarpiError(f"prompt {i} is blank; Janus-Pro needs a caption for each image")
+        text = f"<|User|>: {caption.strip()}\n\n<|Assistant|>:"
+        if self.text_tokenizer is None:
+            raise VarpiError(
+                f"captions need a text tokenizer, and {self.folder or 'the checkpoint'} has no tokenizer.json: put "
+                "the files of the released model beside the weights, or give token ids"
+            )
+        # Whether a tokenizer adds the first token by itself differs between the released files.
+        middle = self.text_tokenizer.encode(text, add_special_tokens=False).ids
+        return [self._special_id("bos_token_id"), *middle, self._special_id("boi_token_id")]
+
+    def _pad(self, rows: list[list[int]]) -> PromptCondition:
+        pad_id, width = self._special_id("pad_token_id"), max(map(len, rows))
+        ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows])
+        return PromptCondition(ids, torch.arange(width) >= width - lengths[:, None], pad_id)
+
+    def _special_id(self, name: str) -> int:
+        if name not in self.special_ids:
+            raise VarpiError(
+                f"{self.folder or 'the checkpoint'}: neither tokenizer.json nor generation_config.json tells the id of "
+                f"{SPECIAL[name]!r} ({name}): put the files of the released model beside the weights"
+            )
+        return self.special_ids[name]
+
+    # -- cached generation; `shifted_logits` has no part in it, as it has none in the released sampling code
+
+    def new_cache(self, batch_size: int) -> Cache:
+        return Cache(batch_size)
+
+    def prefill(self, condition: PromptCondition, cache: Cache) -> Tensor:
+        """Float32 logits (B,V) of image token 0; the cache then holds the P prompt positions."""
+        if len(condition) != cache.batch_size:
+            raise VarpiError(f"Janus.prefill: {len(condition)} prompts, but the cache is for {cache.batch_size}")
+        config, prompt = self.hf.config.text_config, self._embed_prompt(condition)
+        visible = F.pad(condition.mask, (0, self.num_tokens - 1), value=True)  # the last token is never an input
+        shape = (len(condition), config.num_key_value_heads, visible.shape[1], config.head_dim)
+        cache.reset(shape, len(self.blocks), prompt, visible[:, None, None])
+        hidden = self._language_model(prompt, _causal_mask(condition.mask), _positions(condition.mask), cache)
+        return self._head(hidden[:, -1])
+
+    def decode_step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
+        """Consume image token number `position`, int64 (B,); float32 logits (B,V) of number `position` + 1."""
+        start = cache.visible.shape[-1] - (self.num_tokens - 1) + position
+        visible = cache.visible[..., : start + 1]
+        cache.length = start
+        hidden = self._language_model(self._embed_images(tokens[:, None]), visible, visible[:, 0].sum(-1) - 1, cache)
+        return self._head(hidden[:, -1])
+
+
+def _short(value: object) -> str:
+    return " ".join(f"{value!r:.80}".split())
+
+
+def _causal_mask(valid: Tensor) -> Tensor:
+    """Bool (B,1,S,S) from valid bool (B,S): causal, padding hidden, but every position sees itself."""
+    causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril()
+    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    return (causal & valid[:, None] | itself)[:, None]
+
+
+def _positions(valid: Tensor) -> Tensor:
+    """Int64 (B,S): each valid position's number among the valid ones."""
+    return (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+# -- checkpoints
+
+
+def assemble(source: "Pretrained") -> tuple[Janus, dict[str, Tensor]]:
+    """The generator on the meta device and its weights by the names of its state dict; what is left over keeps its own.
+
+    Raises VarpiError for a checkpoint that cannot generate images and for compat settings that Janus does not know.
+    """
+    where, tensors = source.where, transformers_tensors(source.tensors)
+    if unknown := sorted(set(source.compat) - set(COMPAT)):
+        raise VarpiError(f"{where}: Janus has no compat setting {unknown[0]!r}; known are {', '.join(COMPAT)}")
+    for part, what in (("language_model", "language model"), ("generation_head", "image head")):
+        if not any(name.startswith(f"model.{part}.") for name in tensors):
+            raise VarpiError(
+                f"{where}: has no {what} (model.{part}.*), so it cannot generate images: give a Janus-Pro checkpoint"
+            )
+    config = config_from(where, source.config, tensors)
+    embedding, output = "model.language_model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and output in tensors and not torch.equal(tensors[embedding], tensors[output]):
+        config.tie_word_embeddings = False  # as transformers does: converted files say so without meaning it
+    tokenizer = text_tokenizer(source.folder)
+    ids = special_ids(source.folder, source.config, tokenizer)
+    config.image_token_id = ids.get("image_token_id", config.image_token_id)
+    with torch.device("meta"):
+        generator = Janus(config, compat=source.compat, folder=source.folder, tokenizer=tokenizer, ids=ids)
+    if generator.tied and embedding in tensors:
+        tensors[output] = tensors[embedding]
+    known = {name.removeprefix("hf.") for name in generator.state_dict()}
+    own = {transformers_name(name): name for name in source.tensors}
+    return generator, {
+        f"hf.{name}" if name in known else own.get(name, name): tensor for name, tensor in tensors.items()
+    }
+
+
+def assemble_tokenizer(source: "Pretrained") -> tuple[VQ, dict[str, Tensor]]:
+    """Its image tokenizer on the meta device and its weights; the shape is what the tensors say.
+
+    Codes are compared as unit vectors, as in deepseek's code and unlike in transformers' `vqmodel.encode`.
+    Raises VarpiError if the checkpoint has none.
+    """
+    weights = vq_tensors(source.tensors)
+    if not weights:
+        raise VarpiError(f"{source.where}: has no image tokenizer (model.vqmodel.* or gen_vision_model.*)")
+    with torch.device("meta"):
+        tokenizer = VQ(vq_config(source.where, weights))
+    # transformers leaves out this statistic, which nothing reads
+    weights.setdefault("quantize.codebook_used", torch.zeros(tokenizer.quantize.codebook_used.shape))
+    return tokenizer, weights
