@@ -67,7 +67,17 @@ class Place:
     def encode(self, *more: object, data: Path | None = None, size: int = 16) -> list[object]:
         source = data if data is not None else self.pair / "images"
         tokenizer = ["--tokenizer", self.pair / "tokenizer.safetensors"]
-        return ["encode", "images", source, *tokenizer, "--image-size", size, "--output", self / "tokens.safetensors", *more]
+        return [
+            "encode",
+            "images",
+            source,
+            *tokenizer,
+            "--image-size",
+            size,
+            "--output",
+            self / "tokens.safetensors",
+            *more,
+        ]
 
 
 @pytest.fixture

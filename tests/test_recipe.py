@@ -89,8 +89,10 @@ def test_defaults_are_filled_in_and_written_out() -> None:
             "my.yaml: unknown key method.reward.perceptual_wieght; did you mean perceptual_weight?",
         ),
         ({"trainning": {}}, "my.yaml: unknown key trainning; did you mean training?"),
-        ({"generator__zzz": 1}, "my.yaml: unknown key generator.zzz; the keys here are source, architecture, dropout, "
-                "text_encoder, compat"),
+        (
+            {"generator__zzz": 1},
+            "my.yaml: unknown key generator.zzz; the keys here are source, architecture, dropout, text_encoder, compat",
+        ),
     ],
 )
 def test_unknown_key_names_the_nearest(change: dict[str, Any], line: str) -> None:

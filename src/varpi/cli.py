@@ -162,7 +162,8 @@ def _load_pair(options: argparse.Namespace) -> tuple[Any, Any]:
         options.generator, architecture=options.architecture, image_size=options.image_size, device=device
     )
     source, architecture = options.tokenizer, options.tokenizer_architecture
-    if source is None and isinstance(generator, PretrainedGenerator):
+    brings_its_own = isinstance(generator, PretrainedGenerator)
+    if source is None and brings_its_own:
         source, architecture = options.generator, options.architecture
     elif source is None and recipe is not None and recipe.tokenizer is not None:
         source = recipe.tokenizer.source
@@ -259,7 +260,7 @@ def _sample(options: argparse.Namespace) -> None:
             "batch_size",
         )
     }
-    condition = _classes(options, generator.num_classes) if prompts is None else prompts
+    condition: Any = _classes(options, generator.num_classes) if prompts is None else prompts
     tokens = generate(generator, condition, **settings, progress=sys.stderr.isatty())
     parts = []
     for part in tokens.split(options.batch_size):  # only the bytes of all images are ever in memory together

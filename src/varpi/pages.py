@@ -126,7 +126,7 @@ def _examples(recipe: Recipe, num_classes: int | None, each: int) -> tuple[Any, 
     if num_classes is not None:
         return torch.arange(min(10, num_classes)).repeat(each), None
     if recipe.data.stream:
-        captions = next(open_batches(recipe, World(0, 1, "cpu")).from_cursor(0)).condition[:CAPTIONS]
+        captions: Any = next(open_batches(recipe, World(0, 1, "cpu")).from_cursor(0)).condition[:CAPTIONS]
         return captions * each, captions * each
     dataset: Any = open_split(recipe.data, recipe.data.split)
     found: list[tuple[Any, str]] = []

@@ -85,7 +85,7 @@ class DataSection(Section):
     shuffle_buffer: Count | None = None
     """Images that a stream shuffles among, beside its files; none: 1000."""
     workers: Annotated[Int, Field(ge=0)] = 0
-    """Processes that read and crop images; 0 reads in the training process."""
+    """Processes (for a stream: threads) that read and crop images; 0 reads in the training process."""
     max_bad_fraction: Share = 0.01
     """The run stops when more than this share of the images read so far could not be read."""
 

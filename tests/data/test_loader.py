@@ -2,7 +2,7 @@ import logging
 import multiprocessing
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -253,7 +253,7 @@ def test_items_left_out_are_replaced_and_counted_apart(workers: int, caplog: pyt
     assert dropped >= 60  # twenty in each of three epochs
     assert batches.seen == 120 + dropped
     counts = [int(record.getMessage().split()[2]) for record in caplog.records]
-    assert all(later >= 2 ** (earlier.bit_length()) for earlier, later in zip(counts, counts[1:], strict=False))
+    assert all(later >= 2 ** (earlier.bit_length()) for earlier, later in pairwise(counts))
     assert counts[0] <= 10
     assert counts[-1] >= 64
     assert caplog.records[0].getMessage().endswith(".jpg: no caption")
@@ -267,9 +267,7 @@ def test_items_left_out_do_not_hide_unreadable_ones() -> None:
             return super().__getitem__(index)
 
     batches = Batches(Both(100, frozenset(range(1, 100, 2))), batch_size=10, seed=0, max_bad_fraction=0.15)
-    with pytest.raises(
-        VarpiError, match=r"too many unreadable images: \d+ of \d+ images .*the last was \d+0\.jpg: unr"
-    ):
+    with pytest.raises(VarpiError, match=r"too many unreadable images: \d+ of \d+ images .*the last was \d*0\.jpg"):
         [batches.at(step) for step in range(40)]  # 10 of 50
     assert batches.bad / (batches.seen - batches.dropped) > 0.15
     assert batches.bad / batches.seen < 0.15

@@ -117,7 +117,7 @@ def test_small_images_are_dropped_by_their_header_alone(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     Image.effect_noise((300, 200), 90).save(path)
     header = path.read_bytes()[:1000]  # decoding this much would fail
-    with pytest.raises(Dropped, match="^image: 300x200 pixels; the shorter side must have 201$"):
+    with pytest.raises(Dropped, match=r"^image: 300x200 pixels; the shorter side must have 201$"):
         load_image(header, "image", 32, min_side=201)
     with pytest.raises(BadImage, match="truncated"):
         load_image(header, "image", 32, min_side=200)

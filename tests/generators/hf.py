@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from varpi.generators.pretrained import Pretrained
 
-WORDS = ("[UNK]", "a", "the", "red", "blue", "cat", "dog", "moon", "on", "under", "small", "sleeping", ":", ".")
+WORDS = ("[UNK]", "a", "the", "red", "blue", "cat", "dog", "moon", "on", "under", "small", "sleeping", ":", ".", "\n\n")
 BOS, EOS, PAD, BOI, IMAGE = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -26,9 +26,10 @@ IMAGE_TOKENS = 16
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    """Splits into known words and Janus-Pro's special tokens; begins every text with BOS, pads on the left."""
+    """Splits into words, line breaks and Janus-Pro's special tokens; begins a text with BOS, pads on the left."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    parts = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(r"\n+|\w+|[^\w\s]+"), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, IDS[BOS])])
     return PreTrainedTokenizerFast(

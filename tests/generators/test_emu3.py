@@ -438,7 +438,7 @@ def altered(folder: Path, path: Path, **changes: Any) -> Path:
         ([torch.zeros(2, 8)], "prompt 0 is of type Tensor; Emu3 is conditioned on text"),
         ("a cat", "must be a list of captions, at least one, not 'a cat'"),
         ([], "must be a list of captions, at least one"),
-        (["cat", "cat " * 17], "prompt 1 has 23 tokens; beside the image's 22 fit into this model's context of 40"),
+        (["cat", "cat " * 17], "prompt 1 has 23 tokens; beside the 18 of an image 22 fit into this model's context"),
     ],
 )
 def test_conditions_that_are_refused(generator: Any, condition: Any, message: str) -> None:
@@ -495,7 +495,7 @@ def test_checkpoints_and_settings_that_are_refused(folder: Path, tmp_path: Path)
 
 def test_transformers_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(VarpiError, match=r"Emu3 needs transformers: pip install 'varpi\[text\]'"):
+    with pytest.raises(VarpiError, match=r"this generator needs transformers: pip install 'varpi\[text\]'"):
         varpi.load_generator(folder)
 
 

@@ -61,7 +61,7 @@ def test_is_a_pretrained_generator(generator: Janus) -> None:
 def test_greedy_tokens_with_guidance_are_those_of_transformers(model: Any, generator: Janus) -> None:
     texts = [f"<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>" for prompt in PROMPTS]
     inputs = hf.text_tokenizer()(texts, padding=True, return_tensors="pt")
-    assert (inputs["attention_mask"].sum(dim=1) == torch.tensor([9, 15, 7])).all()
+    assert (inputs["attention_mask"].sum(dim=1) == torch.tensor([10, 16, 8])).all()
     theirs = model.generate(**inputs, generation_mode="image", guidance_scale=5, do_sample=False)
     ours = generate(generator, PROMPTS, guidance_scale=5, greedy=True)
     assert torch.equal(ours, theirs)
@@ -77,8 +77,8 @@ def test_a_prompt_is_the_dialogue_of_the_released_code(generator: Janus) -> None
     condition = generator.prepare_condition([f"  {prompt}\n" for prompt in PROMPTS])
     assert torch.equal(condition.ids, inputs["input_ids"])
     assert torch.equal(condition.mask, inputs["attention_mask"].bool())
-    beginning = [hf.IDS[word] for word in (hf.BOS, "<|User|>", ":", "moon", "<|Assistant|>", ":", hf.BOI)]
-    assert condition.ids[2, -7:].tolist() == beginning
+    beginning = [hf.IDS[word] for word in (hf.BOS, "<|User|>", ":", "moon", "\n\n", "<|Assistant|>", ":", hf.BOI)]
+    assert condition.ids[2, -8:].tolist() == beginning
 
 
 def test_saved_under_their_names_transformers_loads_it(model: Any, generator: Janus, tmp_path: Path) -> None:
@@ -246,6 +246,16 @@ def test_gradient_checkpointing_changes_memory_only(folder: Path, tokens: Tensor
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+def test_gradient_checkpointing_needs_no_trained_embedding(folder: Path, tokens: Tensor) -> None:
+    """As with adapters in the layers alone, when nothing that enters the first layer has a gradient."""
+    generator = with_compat(folder).requires_grad_(False)
+    generator.blocks.requires_grad_(True)
+    generator.gradient_checkpointing = True
+    generator.logits(tokens, generator.prepare_condition(PROMPTS)).logsumexp(-1).sum().backward()
+    gradient = generator.hf.model.language_model.layers[0].mlp.up_proj.weight.grad
+    assert gradient.abs().sum() > 0
+
+
 def test_an_embedding_tied_to_the_output_layer_is_frozen(tmp_path: Path) -> None:
     folder = hf.save(hf.janus(tie_word_embeddings=True), tmp_path)
     source = hf.source(folder)
@@ -274,11 +284,11 @@ def test_two_different_tables_are_not_tied_whatever_the_config_says(folder: Path
 
 def test_conditions_are_sliced_and_concatenated(generator: Janus) -> None:
     long, short = generator.prepare_condition(PROMPTS[1:2]), generator.prepare_condition(PROMPTS[2:])
-    assert [condition.ids.shape[1] for condition in (long, short)] == [15, 7]
+    assert [condition.ids.shape[1] for condition in (long, short)] == [16, 8]
     for both, row in ((concat_conditions(long, short), 1), (concat_conditions(short, long), 0)):
         assert len(both) == 2
         assert both.ids[row].tolist() == [hf.IDS[hf.PAD]] * 8 + short.ids[0].tolist()
-        assert both.mask[row].tolist() == [False] * 8 + [True] * 7
+        assert both.mask[row].tolist() == [False] * 8 + [True] * 8
         assert both.ids[1 - row].tolist() == long.ids[0].tolist()
     part = concat_conditions(long, short)[torch.tensor([1])]
     assert (len(part), part.pad_id) == (1, hf.IDS[hf.PAD])
@@ -289,9 +299,9 @@ def test_a_dropped_prompt_keeps_its_first_and_last_token(generator: Janus) -> No
     condition = generator.prepare_condition(PROMPTS)
     dropped = generator.drop_condition(condition, torch.tensor([True, False, True]))
     pad = hf.IDS[hf.PAD]
-    assert dropped.ids[0].tolist() == [pad] * 6 + [hf.IDS[hf.BOS]] + [pad] * 7 + [hf.IDS[hf.BOI]]
+    assert dropped.ids[0].tolist() == [pad] * 6 + [hf.IDS[hf.BOS]] + [pad] * 8 + [hf.IDS[hf.BOI]]
     assert dropped.ids[1].tolist() == condition.ids[1].tolist()
-    assert dropped.ids[2].tolist() == [pad] * 8 + [hf.IDS[hf.BOS]] + [pad] * 5 + [hf.IDS[hf.BOI]]
+    assert dropped.ids[2].tolist() == [pad] * 8 + [hf.IDS[hf.BOS]] + [pad] * 6 + [hf.IDS[hf.BOI]]
     assert torch.equal(dropped.mask, condition.mask)
 
 
@@ -340,8 +350,8 @@ def test_token_ids_are_used_as_given_and_need_no_text_tokenizer(folder: Path) ->
         ([207, 360], "prompt 0 is the class id 207; Janus-Pro is conditioned on text"),
         (torch.tensor([3]), "prompt 0 is the class id 3"),
         (
-            ["a cat", "the cat " * 14],
-            "prompt 1 has 34 tokens; beside the 16 of an image 32 fit into this model's context",
+            ["a cat", "the cat " * 13],
+            "prompt 1 has 33 tokens; beside the 16 of an image 32 fit into this model's context",
         ),
         ([[1, 40]], "token id 40 is out of range: this model's text vocabulary has 40"),
         ([[1], [-1, 2]], "token id -1 is out of range"),
@@ -354,7 +364,7 @@ def test_prompts_that_are_refused(generator: Janus, condition: object, message: 
 
 
 def test_the_longest_prompt_that_fits(generator: Janus, tokens: Tensor) -> None:
-    condition = generator.prepare_condition(["the cat " * 13])
+    condition = generator.prepare_condition(["cat " * 25])
     assert condition.ids.shape == (1, 32)
     assert bool(generator.logits(tokens[:1], condition).isfinite().all())
 
@@ -442,7 +452,7 @@ def test_a_checkpoint_without_its_image_tokenizer_is_refused(folder: Path) -> No
 def test_needs_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = hf.source(folder)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(VarpiError, match=r"Janus needs transformers: pip install 'varpi\[text\]'"):
+    with pytest.raises(VarpiError, match=r"this generator needs transformers: pip install 'varpi\[text\]'"):
         janus.assemble(source)
 
 

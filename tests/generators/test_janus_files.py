@@ -340,6 +340,7 @@ def test_a_model_that_only_understands_images_is_refused(original: Pretrained) -
             "config.json does not describe a Janus model",
         ),
         ({"text_config": {"model_type": "nothing"}}, "config.json does not describe a Janus model"),
+        ({"vision_config": {"patch_size": 0}}, "config.json does not describe a Janus model: .*zero"),
         ({"vision_config": {"num_image_tokens": 100}}, r"config.json says 100 image tokens, but a grid of 24x24"),
     ],
 )

@@ -237,7 +237,7 @@ def test_pair_conditioned_on_text_needs_text(pair: Path, tmp_path: Path) -> None
 
 
 def test_pair_conditioned_on_classes_needs_classes(pair: Path) -> None:
-    with pytest.raises(VarpiError, match="data.source has captions, but the generator knows 3 classes"):
+    with pytest.raises(VarpiError, match=r"data\.source has captions, but the generator knows 3 classes"):
         load_pair(tiny.recipe(pair), None, "cpu")
 
 

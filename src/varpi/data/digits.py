@@ -16,24 +16,26 @@ _BOUNDS = {"train": (0, 380), "validation": (380, 420), "test": (420, 500)}
 
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PHRASES = (
-    "a photo of the digit {}",
-    "a handwritten {}",
-    "the number {}",
-    "a picture of the number {} written by hand",
-    "an image of the numeral {}",
-    "the digit {} in white on black",
-    "someone wrote a {}",
-    "{} in handwriting",
-)
-"""The captions of the split "train"."""
-HELD_OUT_PHRASES = (
-    "a drawing of the numeral {}",
-    "show me the handwritten digit {}",
-    "a picture of a {} in chalk",
-    "please write the number {} on black paper",
-)
-"""The captions of the splits "validation" and "test": other sentences, in part of other words."""
+_NOUNS = ("a {}", "the digit {}", "the number {}", "the numeral {}", "a handwritten {}", "a large {}")
+_PARTS = {
+    "train": (
+        ("a photo of", "a picture of", "an image of", "a scan of", "someone wrote", "show me", "please draw", "i see"),
+        ("", "in white on black", "written by hand", "with a thick pen", "from a form", "for a child"),
+    ),
+    "test": (
+        ("a drawing of", "a painting of", "could you make", "look at"),
+        ("on a blackboard", "in my notebook", "from an old letter"),
+    ),
+}
+
+
+def phrases(split: str) -> list[str]:
+    """The sentences that captions of a split are made from, with {} for the digit's word.
+
+    "validation" and "test" share theirs; each of them begins and ends with words that no sentence of "train" has there.
+    """
+    openings, endings = _PARTS["train" if split == "train" else "test"]
+    return [f"{opening} {noun} {ending}".strip() for opening in openings for noun in _NOUNS for ending in endings]
 
 
 class Digits:
@@ -80,7 +82,7 @@ class Digits:
 
 
 class CaptionedDigits:
-    """The digits with sentences that name them instead of classes: `PHRASES`, or `HELD_OUT_PHRASES` to test with.
+    """The digits with sentences that name them instead of classes; see `phrases`.
 
     Raises VarpiError as `Digits` does.
     """
@@ -90,7 +92,7 @@ class CaptionedDigits:
 
     def __init__(self, *, split: str = "train", image_size: int = IMAGE_SIZE) -> None:
         self._digits = Digits(split=split, image_size=image_size)
-        self._phrases = PHRASES if split == "train" else HELD_OUT_PHRASES
+        self._phrases = phrases(split)
 
     @property
     def fingerprint(self) -> str:
@@ -103,9 +105,8 @@ class CaptionedDigits:
         return Item(self._digits[index].image, self.caption(index))
 
     def caption(self, index: int) -> str:
-        # Neighbors are one of each class: a phrase for every ten images
-        phrase = self._phrases[index // 10 % len(self._phrases)]
-        return phrase.format(WORDS[self._digits.label(index)])
+        # 89 has no divisor in common with the number of phrases, so neighbors differ and all phrases take turns
+        return self._phrases[index * 89 % len(self._phrases)].format(WORDS[self._digits.label(index)])
 
     def key(self, index: int) -> str:
         return f"rows/{index}"

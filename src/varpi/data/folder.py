@@ -11,7 +11,7 @@ from varpi.data.dataset import Item
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 
-_SPLITS = {"train": ["train"], "validation": ["validation", "val", "valid"], "test": ["test"]}
+SPLITS = {"train": ["train"], "validation": ["validation", "val", "valid"], "test": ["test"]}
 _SIZES_IN_FINGERPRINT = 1000
 
 
@@ -28,11 +28,11 @@ class ImageFolder:
     def __init__(self, root: Path, *, split: str = "train", image_size: int) -> None:
         self._root = _split_root(root, split)
         self._image_size = image_size
-        self.class_names = _folders(self._root)
+        self.class_names = folders(self._root)
         if not self.class_names:
             raise VarpiError(f"{self._root}: no class folders; expected {self._root}/CLASS_NAME/IMAGE.jpg")
         ids = {name: number for number, name in enumerate(self.class_names)}
-        samples = make_dataset(str(self._root), ids, is_valid_file=_is_image, allow_empty=True)
+        samples = make_dataset(str(self._root), ids, is_valid_file=is_image, allow_empty=True)
         if not samples:
             raise VarpiError(f"{self._root}: no images in its class folders; known are {' '.join(IMG_EXTENSIONS)}")
         # One array each: worker processes share its pages, which a list of a million tuples would not allow
@@ -66,9 +66,9 @@ class ImageFolder:
 def _split_root(root: Path, split: str) -> Path:
     """The tree of `split` below `root`, or `root` itself when it holds no splits and "train" is asked for."""
     # A class may be called "train" as well (COCO has one); a split holds folders where a class holds images.
-    split_names = {name for names in _SPLITS.values() for name in names} | {split}
-    present = [name for name in _folders(root) if name in split_names and _folders(root / name)]
-    for name in _SPLITS.get(split, [split]):
+    split_names = {name for names in SPLITS.values() for name in names} | {split}
+    present = [name for name in folders(root) if name in split_names and folders(root / name)]
+    for name in SPLITS.get(split, [split]):
         if name in present:
             return root / name
     if present:
@@ -81,7 +81,7 @@ def _split_root(root: Path, split: str) -> Path:
     return root
 
 
-def _folders(directory: Path) -> list[str]:
+def folders(directory: Path) -> list[str]:
     try:
         with os.scandir(directory) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -89,5 +89,5 @@ def _folders(directory: Path) -> list[str]:
         raise VarpiError(f"{directory}: cannot be listed ({error.strerror})") from error
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
     return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")

@@ -183,12 +183,7 @@ class Batches(Counts):
         if self._workers == 0:
             return map(self.at, itertools.count(step))
         stream = self._prefetched(step)
-        # A program may end while the iterator is still held, say by a traceback. The interpreter then waits for the
-        # workers without telling them, for ever; so tell them before: `atexit` in a main process, and in a child of
-        # multiprocessing, which skips that, its own finalizers.
-        reference = weakref.ref(stream)
-        atexit.register(_close, reference)
-        Finalize(None, _close, (reference,), exitpriority=20)  # before the queues close, at 10
+        close_at_exit(stream)
         return stream
 
     def _prefetched(self, step: int) -> Generator[Batch, None, None]:
@@ -316,6 +311,18 @@ def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _close(reference: "weakref.ref[Generator[Batch, None, None]]") -> None:
+def close_at_exit(stream: Generator[Any, None, None]) -> None:
+    """Have the program close `stream`, and so stop its workers, before it ends.
+
+    It may end while the iterator is still held, say by a traceback. The interpreter would then wait for workers without
+    telling them, for ever. So they are told before: by `atexit` in a main process, and in a child of multiprocessing,
+    which skips that, by its own finalizers.
+    """
+    reference = weakref.ref(stream)
+    atexit.register(_close, reference)
+    Finalize(None, _close, (reference,), exitpriority=20)  # before the queues close, at 10
+
+
+def _close(reference: "weakref.ref[Generator[Any, None, None]]") -> None:
     if (stream := reference()) is not None:
         stream.close()

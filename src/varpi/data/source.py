@@ -213,11 +213,11 @@ def _locate_in(path: Path, split: str) -> Place:
     if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
         return Place("parquet", (path,))
 
-    from varpi.data.folder import _SPLITS
+    from varpi.data.folder import SPLITS
 
-    names = dict.fromkeys([*_SPLITS.get(split, [split]), *(name for names in _SPLITS.values() for name in names)])
+    names = dict.fromkeys([*SPLITS.get(split, [split]), *(name for names in SPLITS.values() for name in names)])
     found = {name: place for name in names if (place := _listed(path / name)) is not None}
-    for name in _SPLITS.get(split, [split]):
+    for name in SPLITS.get(split, [split]):
         if name in found:
             return found[name]
     if found:
@@ -237,10 +237,10 @@ def _listed(directory: Path) -> Place | None:
 
 
 def _has_images_below(directory: Path) -> bool:
-    from varpi.data.folder import _folders, _is_image
+    from varpi.data.folder import folders, is_image
 
-    trees = (os.walk(directory / name) for name in _folders(directory))
-    return any(_is_image(file) for tree in trees for _, _, files in tree for file in files)
+    trees = (os.walk(directory / name) for name in folders(directory))
+    return any(is_image(file) for tree in trees for _, _, files in tree for file in files)
 
 
 def _is_saved(directory: Path) -> bool:

@@ -1,17 +1,20 @@
 """Batches of data too large to hold: the Hub, parquet files or tar shards, read from beginning to end.
 
-Each epoch takes the files in a new order and shuffles their rows in a buffer. Where the number of files is a multiple
-of the number of processes, each process reads files of its own; otherwise each reads all of them and keeps every
-world_size-th row. Either way every row comes once an epoch, to one process. The sequence of a process is a function of
-data, seed and world_size alone, and a place in it, the cursor, is the number of rows taken: to resume is to read again
-what was read before, without decoding it, at most one epoch and the part of the current one.
+Each epoch takes the files in a new order and shuffles their rows in a buffer. Where the files can be dealt out evenly
+(their number is a multiple of the number of processes, or so large that one more or less is nothing), each process
+reads files of its own; otherwise each reads all of them and keeps every world_size-th row. Either way every row comes
+once an epoch, to one process; the epochs of the processes are their own, and need not end together.
+
+The sequence of a process is a function of data, seed and world_size alone, and a place in it, the cursor, is the number
+of rows taken: to resume is to read again what was read before, without decoding it, at most one epoch and the part of
+the current one.
 """
 
 import hashlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,17 @@ import torch
 
 from varpi.data.captions import CAPTION_FIELDS, pick_caption
 from varpi.data.dataset import BadImage, Dropped, Item
-from varpi.data.loader import BUFFER, FILES, UNREADABLE, Batch, Counts, collate_conditions, draw, permutation
+from varpi.data.loader import (
+    BUFFER,
+    FILES,
+    UNREADABLE,
+    Batch,
+    Counts,
+    close_at_exit,
+    collate_conditions,
+    draw,
+    permutation,
+)
 from varpi.data.source import Place, caption_fields, locate
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
@@ -33,9 +46,12 @@ SHUFFLE_BUFFER = 1000
 # Rows without one that can be used, after which a run stops
 _MAX_UNUSABLE = 1000
 _DRAWS = 4096
+# Files for each process from which on unequal numbers of them do not matter: its images come at most 1/32 more often
+_MANY_FILES = 32
 
 Row = tuple[str, dict[str, Any]]
 """What to call the row in an error, and its fields, with the image still encoded."""
+Outcome = Item | BadImage | Dropped
 Load = Callable[[str, dict[str, Any]], Item]
 Opened = tuple[Sequence[Callable[[], Iterator[Row]]], Load, int | None, str]
 """The first four arguments of `StreamBatches`."""
@@ -98,12 +114,12 @@ class StreamBatches(Counts):
         self._rank = rank
         self._world_size = world_size
         self._workers = workers
-        own_files = len(files) % world_size == 0
+        own_files = len(files) % world_size == 0 or len(files) >= _MANY_FILES * world_size
         self._files = files[rank::world_size] if own_files else files
         self._rows_kept = slice(0, None) if own_files else slice(rank, None, world_size)
         if not own_files and rank == 0:
             logger.warning(
-                "%d files are no multiple of %d processes: each process reads all of them and keeps one row in %d",
+                "%d files cannot be dealt out to %d processes: each reads all of them and keeps one row in %d",
                 len(files),
                 world_size,
                 world_size,
@@ -174,6 +190,11 @@ class StreamBatches(Counts):
             VarpiError: more than `max_bad_fraction` of the images were unreadable, 1000 rows in a row could not be
                 used, or a file cannot be read.
         """
+        stream = self._batches(cursor)
+        close_at_exit(stream)
+        return stream
+
+    def _batches(self, cursor: int) -> Generator[Batch, None, None]:
         rows = self._rows_from(cursor)
         outcomes = itertools.starmap(self._outcome, rows) if self._workers == 0 else self._decoded_ahead(rows)
         positions = torch.arange(self._local) + self._rank * self._local
@@ -203,16 +224,16 @@ class StreamBatches(Counts):
                 cursor=cursor,
             )
 
-    def _outcome(self, number: int, row: Row) -> tuple[int, Item | BadImage | Dropped]:
+    def _outcome(self, number: int, row: Row) -> tuple[int, Outcome]:
         try:
             return number, self._load(*row)
         except (BadImage, Dropped) as error:
             return number, error
 
-    def _decoded_ahead(self, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Item | BadImage | Dropped]]:
+    def _decoded_ahead(self, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Outcome]]:
         """One thread reads, the others decode, two batches ahead; in order."""
         reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(self._workers)
-        ahead: deque[Future[tuple[int, Item | BadImage | Dropped]]] = deque()
+        ahead: deque[Future[tuple[int, Outcome]]] = deque()
         try:
             while True:
                 while len(ahead) < 2 * self._local + self._workers:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from varpi.data.digits import HELD_OUT_PHRASES, PHRASES, WORDS
+from varpi.data.digits import WORDS, phrases
 
 FOLDER = Path(__file__).parent / "digits-text"
 
@@ -18,7 +18,9 @@ def make(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    words = sorted({word for phrase in (*PHRASES, *HELD_OUT_PHRASES) for word in phrase.split()} - {"{}"})
+    words = sorted(
+        {word for split in ("train", "test") for phrase in phrases(split) for word in phrase.split()} - {"{}"}
+    )
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -30,14 +32,13 @@ def make(folder: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(vocabulary),
-        d_model=32,
+        d_model=128,
         d_kv=16,
         d_ff=64,
         num_layers=1,
         num_heads=2,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
     )
     T5EncoderModel(config).save_pretrained(folder)
 

@@ -12,23 +12,25 @@ One line of config.json is varpi's own: "varpi_grid" is g, by default 90, the 72
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from varpi.errors import VarpiError
-from varpi.generators.janus import Cache, PromptCondition
-from varpi.generators.janus_files import text_tokenizer
+from varpi.generators.language_model import (
+    Cache,
+    PromptCondition,
+    attention_mask,
+    checkpointed,
+    text_tokenizer,
+    transformers,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as TextTokenizer
@@ -52,15 +54,6 @@ PREFIXES = {
     "model.": "hf.model.",
     "lm_head.": "hf.lm_head.",
 }
-
-
-def transformers() -> ModuleType:
-    """The module transformers; raises VarpiError where it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise VarpiError("Emu3 needs transformers: pip install 'varpi[text]'") from error
-    return transformers
 
 
 class Emu3(nn.Module):
@@ -141,8 +134,8 @@ class Emu3(nn.Module):
         rows = F.pad(rows, (0, 1), value=self.vocabulary[END_LINE]).flatten(1)[:, : self.inputs]
         valid = F.pad(condition.mask, (0, self.inputs), value=True)
         # Without padding no mask is needed, and the fastest attention serves.
-        mask = None if valid.all() else _mask(valid)
-        with self._checkpointed():
+        mask = None if valid.all() else attention_mask(valid)
+        with checkpointed(self.blocks, self.gradient_checkpointing):
             hidden = self._language_model(torch.cat([condition.ids, rows], dim=1), mask)
         number = torch.arange(self.num_tokens, device=hidden.device)
         return self._head(hidden[:, prompt - 1 + number + number // grid])
@@ -165,20 +158,6 @@ class Emu3(nn.Module):
         """Only the rows of the output layer that belong to codes: the whole vocabulary is six times as large."""
         return F.linear(hidden, self.hf.lm_head.weight[self.code_ids]).float()
 
-    @contextmanager
-    def _checkpointed(self) -> Iterator[None]:
-        """Transformers checkpoints a layer in train mode only: claim that mode for the layers, not for their parts."""
-        layers: list[Any] = list(self.blocks) if self.gradient_checkpointing and torch.is_grad_enabled() else []
-        modes = [layer.training for layer in layers]
-        for layer in layers:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-            layer.gradient_checkpointing = layer.training = True
-        try:
-            yield
-        finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.gradient_checkpointing, layer.training = False, mode
-
     # -- conditions
 
     def prepare_condition(self, condition: Any) -> PromptCondition:
@@ -191,16 +170,8 @@ class Emu3(nn.Module):
             if isinstance(condition, str) or not isinstance(condition, Sequence | Tensor) or len(condition) == 0:
                 raise VarpiError(f"prompts must be a list of captions, at least one, not {condition!r:.80}")
             rows = [self._token_ids(caption, i) for i, caption in enumerate(condition)]
-            lengths, width = torch.tensor([len(row) for row in rows]), max(map(len, rows))
-            ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows])
-            condition = PromptCondition(ids, torch.arange(width) >= width - lengths[:, None], self.pad_id)
-        room = self.context - self.inputs
-        for i, length in enumerate(condition.mask.sum(dim=1).tolist()):
-            if length > room:
-                raise VarpiError(
-                    f"prompt {i} has {length} tokens; beside the image's {room} fit into this model's context of "
-                    f"{self.context}: shorten it"
-                )
+            condition = PromptCondition.of(rows, self.pad_id)
+        condition.refuse_longer_than(self.context - self.inputs, self.inputs)
         return condition.to(self.device)
 
     def _token_ids(self, caption: Any, i: int) -> list[int]:
@@ -238,8 +209,6 @@ class Emu3(nn.Module):
 
     def prefill(self, condition: PromptCondition, cache: Cache) -> Tensor:
         """Float32 logits (B,V) of code 0; the cache then holds the P prompt positions."""
-        if len(condition) != cache.batch_size:
-            raise VarpiError(f"Emu3.prefill: {len(condition)} prompts, but the cache is for {cache.batch_size}")
         visible = F.pad(condition.mask, (0, self.inputs), value=True)
         attention = self.hf.model.text_model.layers[0].self_attn
         shape = (len(condition), attention.config.num_key_value_heads, visible.shape[1], attention.head_dim)
@@ -259,15 +228,8 @@ class Emu3(nn.Module):
 
     def _consume(self, ids: Tensor, start: int, cache: Cache) -> Tensor:
         cache.length = start
-        mask = _mask(cache.visible[:, 0, 0, : start + ids.shape[1]], start)
+        mask = attention_mask(cache.visible[:, 0, 0, : start + ids.shape[1]], start)
         return self._head(self._language_model(ids, mask, cache)[:, -1])
-
-
-def _mask(valid: Tensor, start: int = 0) -> Tensor:
-    """Bool (B,1,S-start,S) from valid bool (B,S): causal, padding hidden, but every position sees itself."""
-    keys = torch.arange(valid.shape[1], device=valid.device)
-    queries = keys[start:, None]
-    return ((keys <= queries) & valid[:, None] | (keys == queries))[:, None]
 
 
 class Emu3Tokenizer(nn.Module):

@@ -8,17 +8,14 @@ transformers'. The half that understands images is carried along, frozen.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from varpi.errors import VarpiError
 from varpi.generators.janus_files import (
@@ -27,12 +24,18 @@ from varpi.generators.janus_files import (
     config_for,
     config_from,
     special_ids,
-    text_tokenizer,
-    transformers,
     transformers_name,
     transformers_tensors,
     vq_config,
     vq_tensors,
+)
+from varpi.generators.language_model import (
+    Cache,
+    PromptCondition,
+    attention_mask,
+    checkpointed,
+    text_tokenizer,
+    transformers,
 )
 from varpi.tokenizers.vq import VQ
 
@@ -47,62 +50,6 @@ __all__ = ["ARCHITECTURES", "MODEL_TYPES", "Janus", "PromptCondition", "assemble
 MODEL_TYPES = ("janus", "multi_modality")
 ARCHITECTURES = tuple(SIZES)
 COMPAT = ("shifted_logits", "attend_padding")
-
-
-@dataclass(frozen=True)
-class PromptCondition:
-    """Prompts, left-padded.
-
-    ids: int64 (B,P). mask: bool (B,P), true where valid. pad_id: what stands in `ids` where nothing is valid.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: Any) -> "PromptCondition":
-        return replace(self, ids=self.ids[index], mask=self.mask[index])
-
-    def to(self, device: torch.device | str) -> "PromptCondition":
-        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device))
-
-    def concat(self, other: "PromptCondition") -> "PromptCondition":
-        """`self` followed by `other`; the shorter side is padded on the left."""
-        width = max(self.ids.shape[1], other.ids.shape[1])
-        ids = [F.pad(side.ids, (width - side.ids.shape[1], 0), value=self.pad_id) for side in (self, other)]
-        mask = [F.pad(side.mask, (width - side.mask.shape[1], 0), value=False) for side in (self, other)]
-        return replace(self, ids=torch.cat(ids), mask=torch.cat(mask))
-
-
-class Cache:
-    """Keys and values (B,H,S,E) of every layer, written in place, and `visible` bool (B,1,1,S), true where not padding.
-
-    Made anew by each prefill, which first knows the length of the prompts. It stands where transformers' layers expect
-    a cache of theirs; unlike their static one it hands out only what has been written, and takes any dtype.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.visible = torch.empty(0)
-        self.length = 0
-
-    def reset(self, shape: tuple[int, ...], layers: int, like: Tensor, visible: Tensor) -> None:
-        """Room for keys of this shape, in the dtype and on the device of `like`."""
-        self.keys = [like.new_zeros(shape) for _ in range(layers)]
-        self.values = [like.new_zeros(shape) for _ in range(layers)]
-        self.visible, self.length = visible, 0
-
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values at `length`; all up to them."""
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class Janus(nn.Module):
@@ -191,10 +138,10 @@ class Janus(nn.Module):
         prompt, images = self._embed_prompt(condition), self._embed_images(tokens if shifted else tokens[:, :-1])
         valid = F.pad(condition.mask, (0, images.shape[1]), value=True)
         whole = valid.all()  # without padding no mask is needed, and the fastest attention serves
-        with self._checkpointed():
+        with checkpointed(self.blocks, self.gradient_checkpointing):
             hidden = self._language_model(
                 torch.cat([prompt, images], dim=1),
-                None if whole else _causal_mask(valid),
+                None if whole else attention_mask(valid),
                 None if whole else _positions(valid),
             )
         return self._head(hidden[:, -self.num_tokens :])
@@ -220,20 +167,6 @@ class Janus(nn.Module):
     def _head(self, hidden: Tensor) -> Tensor:
         return self.hf.model.generation_head(hidden).float()
 
-    @contextmanager
-    def _checkpointed(self) -> Iterator[None]:
-        """Transformers checkpoints a layer in train mode only: claim that mode for the layers, not for their parts."""
-        layers: list[Any] = list(self.blocks) if self.gradient_checkpointing and torch.is_grad_enabled() else []
-        modes = [layer.training for layer in layers]
-        for layer in layers:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-            layer.gradient_checkpointing = layer.training = True
-        try:
-            yield
-        finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.gradient_checkpointing, layer.training = False, mode
-
     # -- conditions
 
     def prepare_condition(self, condition: Any) -> PromptCondition:
@@ -243,16 +176,11 @@ class Janus(nn.Module):
         VarpiError for class ids, for blank captions, and for what the model's vocabulary or context cannot hold.
         """
         if not isinstance(condition, PromptCondition):
-            condition = self._pad(self._token_ids(condition))
+            rows = self._token_ids(condition)
+            condition = PromptCondition.of(rows, self._special_id("pad_token_id"))
         room = self.hf.config.text_config.max_position_embeddings - self.num_tokens
         vocabulary = self.hf.config.text_config.vocab_size
-        lengths = condition.mask.sum(dim=1).tolist()
-        for i, length in enumerate(lengths):
-            if length > room:
-                raise VarpiError(
-                    f"prompt {i} has {length} tokens; beside the {self.num_tokens} of an image {room} fit into this "
-                    "model's context: shorten it"
-                )
+        condition.refuse_longer_than(room, self.num_tokens)
         wrong = condition.ids[(condition.ids < 0) | (condition.ids >= vocabulary)]
         if len(wrong):
             raise VarpiError(f"token id {int(wrong[0])} is out of range: this model's text vocabulary has {vocabulary}")
@@ -300,12 +228,6 @@ class Janus(nn.Module):
         middle = self.text_tokenizer.encode(text, add_special_tokens=False).ids
         return [self._special_id("bos_token_id"), *middle, self._special_id("boi_token_id")]
 
-    def _pad(self, rows: list[list[int]]) -> PromptCondition:
-        pad_id, width = self._special_id("pad_token_id"), max(map(len, rows))
-        ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-        lengths = torch.tensor([len(row) for row in rows])
-        return PromptCondition(ids, torch.arange(width) >= width - lengths[:, None], pad_id)
-
     def _special_id(self, name: str) -> int:
         if name not in self.special_ids:
             raise VarpiError(
@@ -321,13 +243,11 @@ class Janus(nn.Module):
 
     def prefill(self, condition: PromptCondition, cache: Cache) -> Tensor:
         """Float32 logits (B,V) of image token 0; the cache then holds the P prompt positions."""
-        if len(condition) != cache.batch_size:
-            raise VarpiError(f"Janus.prefill: {len(condition)} prompts, but the cache is for {cache.batch_size}")
         config, prompt = self.hf.config.text_config, self._embed_prompt(condition)
         visible = F.pad(condition.mask, (0, self.num_tokens - 1), value=True)  # the last token is never an input
         shape = (len(condition), config.num_key_value_heads, visible.shape[1], config.head_dim)
         cache.reset(shape, len(self.blocks), prompt, visible[:, None, None])
-        hidden = self._language_model(prompt, _causal_mask(condition.mask), _positions(condition.mask), cache)
+        hidden = self._language_model(prompt, attention_mask(condition.mask), _positions(condition.mask), cache)
         return self._head(hidden[:, -1])
 
     def decode_step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
@@ -341,13 +261,6 @@ class Janus(nn.Module):
 
 def _short(value: object) -> str:
     return " ".join(f"{value!r:.80}".split())
-
-
-def _causal_mask(valid: Tensor) -> Tensor:
-    """Bool (B,1,S,S) from valid bool (B,S): causal, padding hidden, but every position sees itself."""
-    causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    return (causal & valid[:, None] | itself)[:, None]
 
 
 def _positions(valid: Tensor) -> Tensor:
@@ -373,8 +286,9 @@ def assemble(source: "Pretrained") -> tuple[Janus, dict[str, Tensor]]:
             )
     config = config_from(where, source.config, tensors)
     embedding, output = "model.language_model.embed_tokens.weight", "lm_head.weight"
-    if config.tie_word_embeddings and output in tensors and not torch.equal(tensors[embedding], tensors[output]):
-        config.tie_word_embeddings = False  # as transformers does: converted files say so without meaning it
+    if config.tie_word_embeddings and {embedding, output} <= set(tensors):
+        # as transformers does: converted files say that they are tied without meaning it
+        config.tie_word_embeddings = torch.equal(tensors[embedding], tensors[output])
     tokenizer = text_tokenizer(source.folder)
     ids = special_ids(source.folder, source.config, tokenizer)
     config.image_token_id = ids.get("image_token_id", config.image_token_id)

@@ -9,13 +9,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from varpi.errors import VarpiError
+from varpi.generators.language_model import transformers
 from varpi.tokenizers.vq import VQConfig
 
 if TYPE_CHECKING:
@@ -65,15 +65,6 @@ VQ_PARTS = {
 }
 # No part of the model: SigLIP's pooling, a statistic of the tokenizer's training, and tables that old files hold.
 UNUSED = re.compile(r"vision_model\.vision_tower\.attn_pool\..*|.*\.quantize\.codebook_used|.*\.rotary_emb\.inv_freq")
-
-
-def transformers() -> ModuleType:
-    """The module transformers; raises VarpiError where it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise VarpiError("Janus needs transformers: pip install 'varpi[text]'") from error
-    return transformers
 
 
 # -- names
@@ -150,7 +141,7 @@ def config_from(where: str, config: Mapping[str, Any], tensors: Mapping[str, Ten
         )
     except VarpiError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         raise VarpiError(f"{where}: config.json does not describe a Janus model: {message:.200}") from error
     if tokens != side**2:
@@ -263,26 +254,6 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 # -- text
-
-
-def text_tokenizer(folder: Path | None) -> "TextTokenizer | None":
-    """The tokenizer that `folder`/tokenizer.json describes; None where there is no such file.
-
-    Read by itself: the class that deepseek's tokenizer_config.json names would split words by Llama's rules.
-    Raises VarpiError if the file cannot be read.
-    """
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
-    transformers()  # which brings the package tokenizers along
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the package raises nothing narrower
-        raise VarpiError(f"{folder / 'tokenizer.json'}: is not a text tokenizer: {error!s:.200}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def special_ids(folder: Path | None, config: Mapping[str, Any], tokenizer: "TextTokenizer | None") -> dict[str, int]:

@@ -29,12 +29,14 @@ class Classifier:
         self.model.train()
         with self.stages("classifier"), autocast(self.device, self.precision):
             logits = self.model(batch.images).float()
+        assert isinstance(batch.condition, Tensor)
         loss = F.cross_entropy(logits, batch.condition)
         accuracy = (logits.argmax(1) == batch.condition).float().mean()
         return Outcome(loss, {"cross_entropy": loss.detach(), "accuracy": accuracy})
 
     def validation_loss(self, batch: Batch) -> Tensor:
         self.model.eval()
+        assert isinstance(batch.condition, Tensor)
         return F.cross_entropy(self.model(batch.images), batch.condition)
 
     def save(self, path: Path, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:

@@ -125,9 +125,10 @@ def load_tokenizer(
     """
     opened = _open(source, "tokenizer")
     if (family := _family(opened, architecture)) is not None:
-        tokenizer, tensors = family.assemble_tokenizer(_pretrained(family, opened, architecture, {}))
-        _fill(tokenizer, tensors, str, opened.where, "its configuration", device, dtype)
-        return tokenizer.eval()
+        its_own: Any
+        its_own, tensors = family.assemble_tokenizer(_pretrained(family, opened, architecture, {}))
+        _fill(its_own, tensors, str, opened.where, "its configuration", device, dtype)
+        return its_own.eval()
     where, tensors, stored = opened.where, opened.tensors, opened.own_config(VQConfig)
     if "quantize.embedding.weight" not in tensors:
         hint = "; this is a generator" if {"tok_embeddings.weight", "token_embedding.weight"} & set(tensors) else ""
@@ -251,8 +252,8 @@ def _load_pretrained(
     dtype: torch.dtype,
     compat: Mapping[str, bool],
 ) -> Generator:
+    generator: Any
     generator, tensors = family.assemble(_pretrained(family, opened, architecture, compat))
-    assert isinstance(generator, nn.Module)
     _check_image_size(opened.where, image_size, generator.grid)
     _fill(generator, tensors, str, opened.where, "its configuration", device, dtype)
     generator.reset_tables()

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -236,7 +237,17 @@ def _read_pickle(path: Path) -> dict[str, Any]:
                 "save its state dict alone, best as .safetensors"
             ) from error
         raise VarpiError(f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        struct.error,
+    ) as error:
         # What the unpickler raises on arbitrary bytes is not specified.
         raise VarpiError(f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all") from error
     if not isinstance(content, Mapping):
