@@ -65,6 +65,41 @@ def test_the_papers_settings() -> None:
     assert (recipe.data.image_size, recipe.training.precision) == (384, "bf16")
 
 
+@pytest.mark.parametrize(
+    ("name", "noise", "image_size", "steps", "rate"),
+    [("llamagen-t2i-xl", 0.5, 256, 200, 1e-6), ("janus-pro-1b", 0.95, 384, 100, 1e-7)],
+)
+def test_the_papers_settings_for_text(name: str, noise: float, image_size: int, steps: int, rate: float) -> None:
+    """Table 7."""
+    recipe = load_recipe(name)
+    assert isinstance(recipe.method, VaPi)
+    assert (recipe.method.group_size, recipe.method.prior_weight, recipe.method.context_noise) == (8, 0.1, noise)
+    assert recipe.method.reward.perceptual == "lpips-vgg"
+    assert (recipe.data.image_size, recipe.training.steps, recipe.training.batch_size) == (image_size, steps, 128)
+    assert recipe.optimizer.learning_rate == rate
+    assert recipe.method.compat == VaPi(name="va_pi").compat
+
+
+def test_the_released_settings_for_text() -> None:
+    janus = load_recipe("janus-pro-1b-compat")
+    assert isinstance(janus.method, VaPi)
+    assert janus.generator is not None
+    assert janus.generator.compat == {"shifted_logits": True}
+    assert (janus.method.context_noise, janus.method.reward.perceptual) == (1.0, "lpips-alex")
+    assert janus.training.batch_size == 64
+    llamagen = load_recipe("llamagen-t2i-xl-compat").method
+    assert isinstance(llamagen, VaPi)
+    assert llamagen.compat.uniform_noise
+    assert llamagen.compat.rollout_in_eval
+
+
+def test_a_stream_has_no_caption_features() -> None:
+    with pytest.raises(VarpiError, match="caption_features cannot be looked up for a stream"):
+        load_recipe("janus-pro-1b", ["data.caption_features=features"])
+    with pytest.raises(VarpiError, match="shuffle_buffer is for streams"):
+        load_recipe("llamagen-t2i-xl", ["data.shuffle_buffer=10"])
+
+
 def test_the_control_of_the_demo_differs_in_its_method_alone() -> None:
     tuned, control = (load_recipe(name).model_dump() for name in ("digits", "digits-next-token"))
     assert {key for key in tuned if tuned[key] != control[key]} == {"method"}

@@ -364,8 +364,9 @@ def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _share(progress: Progress, world: World) -> tuple[int, int, int]:
     """This process's part of the images counted before a resume: opened, unreadable, left out."""
-    opened, bad, dropped = progress.images_opened, progress.bad_images, progress.dropped_images
-    return opened // world.size, bad // world.size, dropped // world.size
+    counts = progress.images_opened, progress.bad_images, progress.dropped_images
+    opened, bad, dropped = (count // world.size + (world.rank < count % world.size) for count in counts)
+    return opened, bad, dropped
 
 
 def _tokens_per_image(method: Method) -> int:
