@@ -223,8 +223,8 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_hub_offline() -> None:
     refused(
         "org/name@v2",
-        r"^org/name@v2: no such directory here, the Hub cannot be reached \(ConnectionError\), and its cache does not "
-        "hold it; download it where there is a network and pass the directory$",
+        r"^org/name@v2: no such file or directory here, the Hub cannot be reached \(ConnectionError\), and its cache "
+        "does not hold it; download it where there is a network and pass the directory$",
     )
 
 
@@ -240,28 +240,31 @@ def test_hub_offline_but_cached(t5: Path, encoder: TextEncoder, hub_cache: Path)
 
 
 @pytest.mark.parametrize(
-    ("files", "weights"),
+    ("files", "wanted"),
     [
-        (["config.json", "model-1.safetensors", "pytorch_model-1.bin", "tf_model.h5"], "*.safetensors"),
-        (["config.json", "pytorch_model.bin"], "*.bin"),
+        (
+            ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"],
+            ["config.json", "model.safetensors"],
+        ),
+        (["config.json", "pytorch_model.bin", "old/config.json"], ["config.json", "pytorch_model.bin"]),
     ],
 )
 def test_hub_online_fetches_one_set_of_weights(
-    t5: Path, files: list[str], weights: str, monkeypatch: pytest.MonkeyPatch
+    t5: Path, files: list[str], wanted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str | None, list[str]]] = []
+    asked: list[tuple[str, str, str | None]] = []
 
     def model_info(self: Any, repo: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
 
-    def download(repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: str) -> str:
-        asked.append((repo, revision, allow_patterns))
-        return str(t5)
+    def download(repo: str, name: str, *, revision: str | None) -> str:
+        asked.append((repo, name, revision))
+        return str(t5 / name)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert TextEncoder("org/name@v2").width == 16
-    assert asked == [("org/name", "v2", ["*.json", "spiece.model", weights])]
+    assert asked == [("org/name", name, "v2") for name in wanted]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ def test_hub_online_fetches_one_set_of_weights(
     [
         ("GatedRepoError", "org/name: needs permission; accept its terms on the Hub"),
         ("RevisionNotFoundError", "org/name: the Hub's org/name has no revision None"),
-        ("RepositoryNotFoundError", "org/name: no such directory here and no such repository on the Hub"),
+        ("RepositoryNotFoundError", "org/name: no such file or directory here and no such repository on the Hub"),
     ],
 )
 def test_hub_refuses(kind: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:

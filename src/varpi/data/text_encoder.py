@@ -1,7 +1,6 @@
 """From captions to T5 features, as LlamaGen's text-conditional models were trained on them."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varpi import hub
 from varpi.data.captions import clean_caption
 from varpi.errors import VarpiError
 from varpi.files import line
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
 
 
@@ -127,38 +126,13 @@ def _folder(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    match = _HUB_ID.fullmatch(source)
-    if path.exists() or not match:
+    match = hub.ID.fullmatch(source)
+    if path.exists() or not match or match["file"]:
         raise VarpiError(f"{source}: no such directory, nor a Hub id (org/name[@revision]); expected a T5")
-    return _download(match["repo"], match["revision"])
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    """Bring a T5 into the Hub's own cache, or find it there when the Hub cannot be reached."""
-    import huggingface_hub as hub  # not at the top: a second to import, seldom needed
-    from huggingface_hub import errors
-
-    where = f"{repo}@{revision}" if revision else repo
-    try:
-        # Asked first, because it gives up after ten seconds without a network; a download would try again and again
-        listing = hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
-        safe = any(file.rfilename.endswith(".safetensors") for file in listing)
-        wanted = ["*.json", "spiece.model", "*.safetensors" if safe else "*.bin"]
-        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"))
-    except errors.GatedRepoError as error:
-        raise VarpiError(f"{where}: needs permission; accept its terms on the Hub, then `hf auth login`") from error
-    except errors.RevisionNotFoundError as error:
-        raise VarpiError(f"{where}: the Hub's {repo} has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise VarpiError(f"{where}: no such directory here and no such repository on the Hub") from error
-    except Exception as error:  # no network: which exception says so differs between versions of huggingface_hub
-        try:
-            return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        except errors.LocalEntryNotFoundError as absent:
-            # Recent versions raise when only part of the repository was downloaded, which is all we ever do
-            if partial := getattr(absent, "snapshot_path", None):
-                return Path(partial)
-        raise VarpiError(
-            f"{where}: no such directory here, the Hub cannot be reached ({type(error).__name__}), and its cache does "
-            "not hold it; download it where there is a network and pass the directory"
-        ) from error
+    repository = hub.Repository(match["repo"], match["revision"])
+    weights = ".safetensors" if any(name.endswith(".safetensors") for name in repository.names) else ".bin"
+    endings = (".json", "spiece.model", weights)
+    files = [repository.file(name) for name in repository.names if "/" not in name and name.endswith(endings)]
+    if not files:
+        raise VarpiError(f"{repository.where}: holds no model in transformers' layout")
+    return files[0].parent

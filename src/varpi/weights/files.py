@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from varpi import hub
 from varpi.errors import VarpiError
 from varpi.files import line
 
@@ -42,7 +43,6 @@ SIDE_FILES = (
     "chat_template.json",
 )
 """What lies beside the weights of a transformers model and belongs to it."""
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 
 
 class Checkpoint(NamedTuple):
@@ -99,7 +99,7 @@ def find(source: str | os.PathLike[str]) -> Path:
         if path.suffix not in SUFFIXES and not path.name.endswith(".index.json"):
             raise VarpiError(f"{source}: not a checkpoint file; the name must end in one of {', '.join(SUFFIXES)}")
         return path
-    match = _HUB_ID.fullmatch(os.fspath(source))
+    match = hub.ID.fullmatch(os.fspath(source))
     if match and Path(match["repo"]).suffix not in SUFFIXES:
         return _download(match["repo"], match["revision"], match["file"])
     raise VarpiError(
@@ -132,62 +132,17 @@ def _choose(files: Iterable[str], where: str, how: str) -> str:
 
 
 def _download(repo: str, revision: str | None, file: str | None) -> Path:
-    """Bring a Hub checkpoint into the Hub's own cache, or find it there when the Hub cannot be reached."""
-    import huggingface_hub as hub  # not at the top: a second to import, seldom needed
-    from huggingface_hub import errors
-
-    where = f"{repo}@{revision}" if revision else repo
-    how = f"{where}:<file>"
-
-    def fetch(name: str) -> Path:
-        return Path(hub.hf_hub_download(repo, name, revision=revision))
-
-    try:
-        listing = hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings or []
-        names = [sibling.rfilename for sibling in listing]
-        path = fetch(file or _choose([name for name in names if "/" not in name], where, how))
-        if path.name.endswith(".index.json"):
-            for shard in _shards(path):
-                fetch(f"{Path(file).parent / shard}" if file else shard)
-        for name in SIDE_FILES:
-            if name in names:
-                fetch(name)
-        return path
-    except VarpiError:
-        raise
-    except errors.GatedRepoError as error:
-        raise VarpiError(f"{where}: needs permission; accept its terms on the Hub, then `hf auth login`") from error
-    except errors.RevisionNotFoundError as error:
-        raise VarpiError(f"{where}: the Hub's {repo} has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise VarpiError(f"{where}: no such file or directory here and no such repository on the Hub") from error
-    except errors.EntryNotFoundError as error:
-        raise VarpiError(f"{where}: the Hub's {repo} has no file {file!r}") from error
-    except Exception as error:  # no network: which exception says so differs between versions of huggingface_hub
-        cached = _cached(repo, revision)
-        if cached is None:
-            raise VarpiError(
-                f"{where}: no such file or directory here, the Hub cannot be reached ({type(error).__name__}), and its "
-                "cache does not hold it; download it where there is a network and pass the directory"
-            ) from error
-    if not file:
-        return cached / _choose([entry.name for entry in cached.iterdir()], f"{where} (cached)", how)
-    if not (cached / file).is_file():
-        raise VarpiError(f"{where}: the Hub cannot be reached, and its cache does not hold {file!r}")
-    return cached / file
-
-
-def _cached(repo: str, revision: str | None) -> Path | None:
-    """The directory of what was downloaded of a repository before."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        # Recent versions say so when only part of the repository was downloaded, which is all we ever do.
-        partial = getattr(error, "snapshot_path", None)
-        return Path(partial) if partial else None
+    """The weights file of a Hub repository, with what belongs to it beside it."""
+    repository = hub.Repository(repo, revision)
+    top = [name for name in repository.names if "/" not in name]
+    path = repository.file(file or _choose(top, repository.where, f"{repository.where}:<file>"))
+    if path.name.endswith(".index.json"):
+        for shard in _shards(path):
+            repository.file(f"{Path(file).parent / shard}" if file else shard)
+    for name in SIDE_FILES:
+        if name in top:
+            repository.file(name)
+    return path
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
