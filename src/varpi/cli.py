@@ -1,9 +1,9 @@
 """The command line: demo, train, sample, evaluate, encode, export, report, doctor."""
 
 import argparse
-import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -192,30 +192,20 @@ def _recipe_of(source: str) -> Any:
     return parse_recipe(read_yaml(path), str(path)) if path.is_file() else None
 
 
-def _add_sample(commands: Any) -> None:
-    parser = _command(
-        commands,
-        "sample",
-        _sample,
-        "generate images",
-        "Generate images free-running, of classes or of prompts, as the generator is conditioned. Writes\n"
-        "OUTPUT/00000.png …, grid.png, samples.npz (ADM's layout: arr_0) and sample.json with every setting.",
-    )
-    _add_pair(parser)
-    parser.add_argument("--output", required=True, help="directory for the images; must not exist or be empty")
-    which = parser.add_mutually_exclusive_group(required=True)
+def _add_sampling(parser: Any, *, required: bool) -> None:
+    """What to generate, and how."""
+    which = parser.add_mutually_exclusive_group(required=required)
     which.add_argument("--classes", help="class ids, separated by commas: one image each")
     which.add_argument("--per-class", type=int, metavar="N", help="N images of every class")
     which.add_argument("--count", type=int, metavar="N", help="N images of classes drawn at random")
     which.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
-    which.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with the key prompt or text")
+    which.add_argument("--prompts", metavar="FILE", help="lines, .jsonl, DrawBench's .json, PartiPrompts' .tsv")
     which.add_argument("--captions", metavar="DATA", help="the captions of a data source, such as `captioned-digits`")
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="images of each (default: %(default)s)")
-    parser.add_argument("--split", default="test", help="of --captions (default: %(default)s)")
+    parser.add_argument("--caption-split", default="test", help="of --captions (default: %(default)s)")
     parser.add_argument("--caption-column", action="append", metavar="NAME", help="of --captions; may be repeated")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts or captions")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in flight (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: %(default)s)")
     parser.add_argument(
         "--guidance-interval", type=int, default=-1, metavar="K", help="guide only the first K+2 tokens"
@@ -231,58 +221,87 @@ def _add_sample(commands: Any) -> None:
     )
 
 
+def _add_sample(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sample",
+        _sample,
+        "generate images",
+        "Generate images free-running, of classes or of prompts, as the generator is conditioned. Writes\n"
+        "OUTPUT/00000.png …, grid.png, samples.npz (ADM's layout: arr_0) and sample.json with every setting;\n"
+        "with --geneval also OUTPUT/geneval in GenEval's layout.",
+    )
+    _add_pair(parser)
+    parser.add_argument("--output", required=True, help="directory for the images; must not exist or be empty")
+    _add_sampling(parser, required=True)
+    parser.add_argument("--batch-size", type=int, default=64, help="images in flight (default: %(default)s)")
+    parser.add_argument(
+        "--geneval", action="store_true", help="the file of --prompts is GenEval's metadata: write its folders too"
+    )
+
+
 def _sample(options: argparse.Namespace) -> None:
-    import numpy as np
-    import torch
-
-    from varpi.evaluation import resize_384_to_256, save_grid, save_npz, save_png, to_uint8
-    from varpi.sampling import generate
-    from varpi.weights import sha256_of
-
     output = _fresh_directory(options.output)
+    count = _write_samples(options, output)
+    print(f"wrote {count} images to {output}")
+
+
+def _write_samples(options: argparse.Namespace, output: Path) -> int:
+    """Generate what the options ask for into `output`."""
+    from varpi.samples import write_samples
+
     prompts = _prompts(options)
     generator, tokenizer = _load_pair(options)
-    side = generator.grid * tokenizer.downsample
-    if options.resize is not None and (side, options.resize) != (384, 256):
-        raise VarpiError(f"--resize {options.resize}: only 384 to 256 is defined; these images are {side} pixels")
-    settings = {
-        name: getattr(options, name)
-        for name in (
-            "guidance_scale",
-            "guidance_interval",
-            "guidance_schedule",
-            "guidance_power",
-            "temperature",
-            "top_k",
-            "top_p",
-            "greedy",
-            "seed",
-            "batch_size",
-        )
-    }
     condition: Any = _classes(options, generator.num_classes) if prompts is None else prompts
-    tokens = generate(generator, condition, **settings, progress=sys.stderr.isatty())
-    parts = []
-    for part in tokens.split(options.batch_size):  # only the bytes of all images are ever in memory together
-        with torch.inference_mode():
-            decoded = tokenizer.decode(part)
-        parts.append(to_uint8(decoded if options.resize is None else resize_384_to_256(decoded)))
-    images = np.concatenate(parts)
-    output.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_png(output / f"{i:05d}.png", image)
-    save_grid(output / "grid.png", images[:100])
-    save_npz(output / "samples.npz", images)
-    record = {
-        "generator": options.generator,
-        "generator_sha256": sha256_of(path) if (path := Path(options.generator)).is_file() else None,
-        "tokenizer": options.tokenizer,
-        "resize": options.resize,
-        **settings,
-        **({"classes": condition.tolist()} if prompts is None else {"prompts": prompts}),
-    }
-    (output / "sample.json").write_text(json.dumps(record))
-    print(f"wrote {len(images)} images to {output}")
+    settings = _sampling(options)
+    record = {"generator": options.generator, "generator_sha256": _digest(options.generator)}
+    count = write_samples(
+        output,
+        generator,
+        tokenizer,
+        condition,
+        settings=settings,
+        record={**record, "tokenizer": options.tokenizer},
+        resize=options.resize,
+        batch_size=options.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    if options.geneval:
+        _write_geneval(options, output)
+    return count
+
+
+def _write_geneval(options: argparse.Namespace, output: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from varpi.data.prompts import read_geneval_metadata
+    from varpi.evaluation.geneval import write_geneval_folder
+
+    if options.prompts is None:
+        raise VarpiError("--geneval: give GenEval's metadata by --prompts")
+    metadata = read_geneval_metadata(options.prompts)[: options.limit]
+    files = [
+        [output / f"{prompt * options.per_prompt + i:05d}.png" for i in range(options.per_prompt)]
+        for prompt in range(len(metadata))
+    ]
+    images = (np.stack([np.asarray(Image.open(file).convert("RGB")) for file in group]) for group in files)
+    write_geneval_folder(output / "geneval", metadata, images)
+    shutil.copyfile(output / "sample.json", output / "geneval" / "sample.json")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    from varpi.samples import SETTINGS
+
+    return {name: getattr(options, name) for name in SETTINGS}
+
+
+def _digest(source: str) -> str | None:
+    """The sha256 of a generator's weights, of a file or of a run's; None where there is no one file."""
+    from varpi.weights import sha256_of
+
+    path = Path(source, "model.safetensors") if Path(source).is_dir() else Path(source)
+    return sha256_of(path) if path.is_file() else None
 
 
 def _prompts(options: argparse.Namespace) -> list[str] | None:
@@ -298,7 +317,7 @@ def _prompts(options: argparse.Namespace) -> list[str] | None:
         prompts = read_prompts(options.prompts)
     elif options.captions is not None:
         dataset: Any = open_dataset(
-            options.captions, image_size=32, split=options.split, caption_column=options.caption_column
+            options.captions, image_size=32, split=options.caption_split, caption_column=options.caption_column
         )
         if dataset.num_classes is not None:
             raise VarpiError(f"--captions {options.captions}: it has classes, not captions; try --caption-column")
@@ -345,25 +364,185 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "measure a set of digit images against real ones",
-        "Fréchet distance, precision and recall of images against held-out digits, on the embedded judge's features,\n"
-        "and, when classes are known, the judge's agreement with them.",
+        "measure images, or a generator",
+        "Measure SAMPLES: a directory of `varpi sample`, a folder of images, an .npz, or a training run, whose\n"
+        "samples are made first (by the options of sampling) and kept in RUN/samples. One of four kinds:\n"
+        "  distribution  distances to real images: FID, sFID, Inception Score, precision, recall, KID\n"
+        "  text          how well images fit their prompts: CLIP score, HPS v2.1\n"
+        "  geneval       GenEval's six tasks, on a folder in its layout\n"
+        "  alignment     of a generator, on held-out images: the two terms of the lower bound, exposure bias,\n"
+        "                round trips through the tokenizer\n"
+        "Every result file says by what, against what and on what samples its numbers were measured. Interrupted, it\n"
+        "goes on where it was when --cache is given; under torchrun the processes share a distribution.",
     )
-    parser.add_argument(
-        "samples", metavar="SAMPLES", help="a directory of `varpi sample`, a folder of images, or an .npz"
+    parser.add_argument("samples", metavar="SAMPLES", help="images, a run, or (alignment) a generator")
+    kinds = ("distribution", "text", "geneval", "alignment")
+    parser.add_argument("--kind", choices=kinds, default="distribution", help="default: %(default)s")
+    parser.add_argument("--metrics", help="separated by commas (default: all that the rest allows)")
+    parser.add_argument("--json", metavar="PATH", help="write the result here")
+    parser.add_argument("--cache", metavar="DIR", help="keep features or detections here, and use them again")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
+    _add_device(parser)
+
+    group = parser.add_argument_group("distribution and alignment")
+    group.add_argument("--features", default="inception", help="inception, dinov2 or digits (default: %(default)s)")
+    group.add_argument("--weights", metavar="FILE", help="of the network (default: its cache, or a download)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
+    group.add_argument("--reference", help="an ADM .npz, images, or a dataset (for digits: its test split)")
+    group.add_argument(
+        "--reference-split", metavar="SPLIT", help="says that the reference is a dataset, and which part"
     )
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="real digits (default: test)")
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers to this file")
+
+    group = parser.add_argument_group("text")
+    group.add_argument("--clip", metavar="SOURCE", help="CLIP's directory or Hub id (openai/clip-vit-base-patch32)")
+    group.add_argument("--hps-weights", metavar="FILE", help="of HPS (default: xswu/HPSv2 from the Hub)")
+    group.add_argument("--hps-version", choices=("v2.1", "v2.0"), default="v2.1", help="default: %(default)s")
+
+    group = parser.add_argument_group("geneval")
+    group.add_argument("--metadata", metavar="FILE", help="GenEval's own file, to find missing prompts")
+    group.add_argument("--detections", metavar="FILE", help="what another detector saw, as JSON; none is run then")
+    group.add_argument("--save-detections", metavar="FILE", help="write what is detected, in that form")
+    group.add_argument("--detector", metavar="SOURCE", help="Mask2Former's directory or Hub id")
+    group.add_argument("--colorist", metavar="SOURCE", help="weights of open_clip's ViT-L/14")
+
+    group = parser.add_argument_group("alignment")
+    group.add_argument("--data", help="held-out images (default: those of the run)")
+    group.add_argument("--split", default="validation", help="of them (default: %(default)s)")
+    group.add_argument("--images", type=int, metavar="N", help="how many (default: all)")
+
+    group = parser.add_argument_group("sampling, for a run")
+    group.add_argument("--tokenizer", help="default: the run's")
+    group.add_argument("--architecture")
+    group.add_argument("--tokenizer-architecture")
+    group.add_argument("--image-size", type=int)
+    group.add_argument("--text-encoder", help="default: the run's")
+    _add_sampling(group, required=False)
+    parser.set_defaults(geneval=False)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from varpi.evaluation.embedded import evaluate_files
+    from varpi.evaluation.result import write_result
 
-    numbers = evaluate_files(Path(options.samples), options.split)
-    for name, value in numbers.items():
-        print(f"{name:>20}  {value}")
+    if options.json and Path(options.json).is_dir():
+        raise VarpiError(f"--json {options.json}: is a directory")
+    result = _judge(options)
+    if result is None:  # another process has it
+        return
+    for name, value in result.metrics.items():
+        print(f"{name:>24}  {value:.6g}")
+    sampling = result.sampling or {}
+    shown = {
+        name: value for name, value in sampling.items() if name not in ("classes", "prompts") and value is not None
+    }
+    about = {"samples": result.samples, "sampling": shown, "reference": result.reference, "evaluator": result.evaluator}
+    for what, fields in about.items():
+        if fields:
+            print(f"{what:>24}  " + ", ".join(f"{key} {value}" for key, value in fields.items()))
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if options.json:
-        Path(options.json).write_text(json.dumps(numbers, indent=2) + "\n")
+        write_result(Path(options.json), result)
+
+
+def _judge(options: argparse.Namespace) -> Any:
+    from varpi import judging
+    from varpi.training.distributed import choose_device
+
+    source, progress = Path(options.samples).expanduser(), sys.stderr.isatty()
+    metrics = options.metrics.split(",") if options.metrics else None
+    cache = Path(options.cache) if options.cache else None
+    options.generator = options.samples
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if options.kind == "alignment":
+        if metrics is not None:
+            raise VarpiError("--metrics: alignment has one fixed set of them")
+        generator, tokenizer = _load_pair(options)
+        return judging.judge_alignment(
+            generator,
+            tokenizer,
+            _recipe_of(options.samples),
+            data=options.data,
+            split=options.split,
+            features=options.features,
+            weights=options.weights,
+            images=options.images,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            sampling=_sampling(options),
+            device=choose_device(options.device),
+            progress=progress,
+        )
+    world = judging.world_of(options.device)
+    device = world.device if world is not None else choose_device(options.device)
+    if judging.is_run(source):
+        source = _samples_of_run(options, source, world)
+    if options.kind == "text":
+        from varpi.evaluation.text_scores import CLIP_B32, METRICS, evaluate_text
+
+        return evaluate_text(
+            source,
+            metrics=metrics or METRICS,
+            clip_source=options.clip or CLIP_B32,
+            hps_weights=options.hps_weights,
+            hps_version=options.hps_version,
+            device=device,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+    if options.kind == "geneval":
+        from varpi.evaluation.detectors import CLIP_L14, MASK2FORMER, ClipColorist, Mask2FormerDetector
+        from varpi.evaluation.geneval import evaluate_geneval
+
+        if metrics is not None:
+            raise VarpiError("--metrics: geneval has one fixed set of them")
+        seen = options.detections is not None
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            cache = cache / "detections.jsonl"
+        return evaluate_geneval(
+            source,
+            detector=None if seen else Mask2FormerDetector(options.detector or MASK2FORMER, device=device),
+            colorist=None if seen else ClipColorist(options.colorist or CLIP_L14, device=device),
+            detections=options.detections,
+            metadata=options.metadata,
+            cache=cache,
+            save=options.save_detections,
+            progress=progress,
+        )
+    return judging.judge_distribution(
+        source,
+        features=options.features,
+        reference=options.reference,
+        reference_split=options.reference_split,
+        metrics=metrics,
+        weights=options.weights,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        cache=cache,
+        device=device,
+        world=world,
+        progress=progress,
+    )
+
+
+def _samples_of_run(options: argparse.Namespace, run: Path, world: Any) -> Path:
+    """The run's samples of these options, made unless they are there."""
+    from varpi import judging
+
+    asked = ("classes", "per_class", "count", "prompt", "prompts", "captions", "per_prompt", "caption_split", "limit")
+    settings = {name: getattr(options, name) for name in (*asked, "caption_column", "resize")}
+    if not any(settings[name] for name in asked[:6]):
+        raise VarpiError(f"{run} is a run: say what to sample from it (--per-class N, --prompts FILE, …)")
+    folder = judging.samples_folder(run, {**settings, **_sampling(options)})
+    if (world is None or world.is_main) and not (folder / "sample.json").is_file():
+        _write_samples(options, folder)
+        print(f"wrote samples to {folder}", file=sys.stderr)
+    if world is not None:
+        world.barrier()
+    return folder
 
 
 def _add_encode(commands: Any) -> None:

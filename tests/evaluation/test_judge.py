@@ -1,6 +1,5 @@
 """The judge and the measures of the embedded digits, on networks with random weights."""
 
-import json
 
 import pytest
 import torch
@@ -8,8 +7,7 @@ from safetensors.torch import save_file
 
 from varpi.data import open_dataset
 from varpi.errors import VarpiError
-from varpi.evaluation import embed, from_uint8, load_judge, measure, save_npz, save_png, summarize, to_uint8
-from varpi.evaluation.embedded import evaluate_files
+from varpi.evaluation import embed, from_uint8, load_judge, measure, summarize, to_uint8
 from varpi.objective.features import SmallConvNet
 from varpi.weights import embedded
 from varpi.weights.classifier import load_classifier, save_classifier
@@ -125,17 +123,3 @@ def test_judge_and_reward_are_different_networks():
     real = torch.stack([digits[i].image for i in range(200)])
     classes = torch.tensor([digits[i].condition for i in range(200)])
     assert (embed(judge, real)[1] == classes).float().mean() > 0.95
-
-
-def test_evaluate_files_reads_all_three_forms(tmp_path):
-    digits = open_dataset("digits", image_size=32, split="validation")
-    real = to_uint8(torch.stack([digits[i].image for i in range(200)]))
-    folder, sampled = tmp_path / "folder", tmp_path / "sampled"
-    for i, image in enumerate(real):
-        save_png(folder / f"{i:05d}.png", image)
-    save_npz(sampled / "samples.npz", real)
-    (sampled / "sample.json").write_text(json.dumps({"classes": [digits[i].condition for i in range(200)]}))
-    numbers = evaluate_files(sampled)
-    assert numbers["class_agreement"] > 0.95
-    del numbers["class_agreement"]
-    assert evaluate_files(folder) == evaluate_files(sampled / "samples.npz") == numbers

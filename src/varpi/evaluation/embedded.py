@@ -3,20 +3,14 @@
 Shapes: n images, D features of the judge.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from varpi.data import open_dataset
-from varpi.data.digits import digit_in
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import Features, frechet_distance, precision_recall
-from varpi.evaluation.images import from_uint8, read_folder, read_npz
-from varpi.evaluation.judge import embed, load_judge
+from varpi.evaluation.judge import embed
 from varpi.objective.features import SmallConvNet
 
 
@@ -41,38 +35,6 @@ def measure(
         "recall": recall,
         "class_agreement": (seen == classes.cpu()).double().mean().item(),
     }
-
-
-def evaluate_files(path: Path, split: str = "test") -> dict[str, float]:
-    """Measure saved digit images: a directory of `varpi sample`, a folder of images, or an ADM-style `.npz`.
-
-    Against the digits of `split`. class_agreement needs the classes, or prompts that name one digit each, which only
-    `varpi sample` records, and is left out without them.
-    """
-    record = path / "sample.json"
-    if path.is_dir():
-        images = read_npz(path / "samples.npz") if (path / "samples.npz").is_file() else read_folder(path)
-    else:
-        images = read_npz(path)
-    if images.shape[1:3] != (32, 32):
-        raise VarpiError(f"{path}: its images are {images.shape[2]}x{images.shape[1]}; the judge knows 32x32 digits")
-    judge = load_judge()
-    digits = open_dataset("digits", image_size=32, split=split)
-    reference, _ = embed(judge, torch.stack([digits[i].image for i in range(len(digits))]))
-    samples = from_uint8(images)
-    asked = _digits_asked(json.loads(record.read_text())) if record.is_file() else None
-    known = asked is not None
-    classes = torch.tensor(asked) if known else torch.zeros(len(samples))
-    numbers = measure(samples, classes, judge, reference)
-    return numbers if known else {name: value for name, value in numbers.items() if name != "class_agreement"}
-
-
-def _digits_asked(record: Mapping[str, Any]) -> list[int] | None:
-    """The class of each sample, as asked for by number or by word."""
-    if "classes" in record:
-        return record["classes"]
-    named = [digit_in(prompt) for prompt in record["prompts"]]
-    return None if None in named else [digit for digit in named if digit is not None]
 
 
 def summarize(measurements: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

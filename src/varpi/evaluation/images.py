@@ -7,6 +7,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -75,6 +76,39 @@ def make_grid(images: np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+class NpzWriter:
+    """Writes the array `arr_0` of an `.npz` file part by part, uint8 (B,H,W,3) in all; the file appears when whole."""
+
+    def __init__(self, path: str | os.PathLike[str], shape: tuple[int, int, int, int]) -> None:
+        self._path, self._shape, self._written = Path(path), shape, 0
+        self._aside = self._path.with_name(f".writing-{self._path.name}")
+
+    def __enter__(self) -> Self:
+        self._archive = zipfile.ZipFile(self._aside, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._member = self._archive.open("arr_0.npy", "w", force_zip64=True)
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+        np.lib.format.write_array_header_1_0(self._member, header)
+        return self
+
+    def write(self, images: np.ndarray) -> None:
+        """Append uint8 images (b,H,W,3). Raises VarpiError for another size than was announced."""
+        _check(images, f"{self._path}")
+        if images.shape[1:] != self._shape[1:]:
+            raise VarpiError(f"{self._path}: images of shape {images.shape[1:]} instead of {self._shape[1:]}")
+        self._member.write(np.ascontiguousarray(images).data)
+        self._written += len(images)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._member.close()
+        self._archive.close()
+        if kind is None and self._written == self._shape[0]:
+            os.replace(self._aside, self._path)
+            return
+        self._aside.unlink()
+        if kind is None:
+            raise VarpiError(f"{self._path}: {self._written} images were written instead of {self._shape[0]}")
 
 
 def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
