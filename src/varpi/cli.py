@@ -394,6 +394,12 @@ def _add_evaluate(commands: Any) -> None:
         "--reference-split", metavar="SPLIT", help="says that the reference is a dataset, and which part"
     )
 
+    group = parser.add_argument_group("distribution, what moves a number; the defaults are the ADM evaluator's")
+    group.add_argument("--splits", type=int, default=10, help="of the Inception Score (default: %(default)s)")
+    group.add_argument("--neighbors", type=int, default=3, help="k of precision and recall (default: %(default)s)")
+    group.add_argument("--kid-subsets", type=int, default=100, help="default: %(default)s")
+    group.add_argument("--kid-subset-size", type=int, default=1000, help="images (default: %(default)s)")
+
     group = parser.add_argument_group("text")
     group.add_argument("--clip", metavar="SOURCE", help="CLIP's directory or Hub id (openai/clip-vit-base-patch32)")
     group.add_argument("--hps-weights", metavar="FILE", help="of HPS (default: xswu/HPSv2 from the Hub)")
@@ -511,8 +517,16 @@ def _judge(options: argparse.Namespace) -> Any:
             save=options.save_detections,
             progress=progress,
         )
+    from varpi.evaluation.distribution import Settings
+
     return judging.judge_distribution(
         source,
+        settings=Settings(
+            inception_score_splits=options.splits,
+            neighbors=options.neighbors,
+            kid_subsets=options.kid_subsets,
+            kid_subset_size=options.kid_subset_size,
+        ),
         features=options.features,
         reference=options.reference,
         reference_split=options.reference_split,

@@ -14,8 +14,7 @@ from varpi.data import open_dataset
 from varpi.data.digits import digit_in
 from varpi.errors import VarpiError
 from varpi.evaluation.alignment import evaluate_alignment
-from varpi.evaluation.distribution import METRICS as DISTRIBUTION
-from varpi.evaluation.distribution import evaluate_distribution
+from varpi.evaluation.distribution import Settings, evaluate_distribution
 from varpi.evaluation.features import load_extractor
 from varpi.evaluation.judge import embed, load_judge
 from varpi.evaluation.result import Result
@@ -46,6 +45,7 @@ def judge_distribution(
     reference: str | None,
     reference_split: str | None,
     metrics: Sequence[str] | None,
+    settings: Settings,
     weights: str | None,
     precision: str,
     batch_size: int,
@@ -60,9 +60,6 @@ def judge_distribution(
     wanted = None if metrics is None else [name for name in metrics if name != AGREEMENT]
     if metrics is not None and AGREEMENT in metrics and features != "digits":
         raise VarpiError(f"{AGREEMENT} is what the judge of digits sees; it needs --features digits")
-    if unknown := [name for name in wanted or () if name not in DISTRIBUTION]:
-        known = ", ".join((*DISTRIBUTION, AGREEMENT))
-        raise VarpiError(f"there is no distribution metric {unknown[0]!r}; there are {known}")
     if reference is None and features == "digits":
         reference = "digits"
     if reference is None and wanted != ["is"]:
@@ -75,6 +72,7 @@ def judge_distribution(
         opened,
         extractor=load_extractor(features, weights=weights, device=device, precision=precision),
         metrics=wanted,
+        settings=settings,
         batch_size=batch_size,
         workers=workers,
         cache=cache,
