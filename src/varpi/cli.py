@@ -348,7 +348,7 @@ def _classes(options: argparse.Namespace, num_classes: int | None) -> Any:
     if count < 1:
         raise VarpiError(f"the number of images is {count}; it must be at least 1")
     if options.per_class is not None:
-        return torch.arange(num_classes).repeat_interleave(count)
+        return torch.arange(num_classes).repeat(count)  # any run of neighbors is balanced, as for splits of scores
     return torch.randint(num_classes, (count,), generator=torch.Generator().manual_seed(options.seed))
 
 
