@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from varpi.errors import VarpiError
 from varpi.evaluation import (
+    NpzWriter,
     from_uint8,
     make_grid,
     read_folder,
@@ -138,3 +140,28 @@ def test_bad_files(tmp_path):
     (tmp_path / "images" / "b.png").write_bytes(b"\x89PNG nonsense")
     with pytest.raises(VarpiError, match=r"b\.png: cannot be read as an image"):
         read_folder(tmp_path / "images")
+
+
+def test_npz_in_parts_is_the_npz_of_the_whole(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(256, size=(5, 4, 6, 3), dtype=np.uint8)
+    with NpzWriter(tmp_path / "parts.npz", images.shape) as writer:
+        writer.write(images[:2])
+        writer.write(images[2:])
+    assert np.array_equal(np.load(tmp_path / "parts.npz")["arr_0"], images)
+    assert np.array_equal(read_npz(tmp_path / "parts.npz"), images)
+    assert [path.name for path in tmp_path.iterdir()] == ["parts.npz"]
+
+
+def test_npz_in_parts_appears_only_when_whole(tmp_path: Path) -> None:
+    images = np.zeros((5, 4, 6, 3), dtype=np.uint8)
+    with (
+        pytest.raises(VarpiError, match="2 images were written instead of 5"),
+        NpzWriter(tmp_path / "a.npz", images.shape) as writer,
+    ):
+        writer.write(images[:2])
+    with (
+        pytest.raises(VarpiError, match=r"images of shape \(4, 4, 3\) instead of \(4, 6, 3\)"),
+        NpzWriter(tmp_path / "a.npz", images.shape) as writer,
+    ):
+        writer.write(images[:, :, :4])
+    assert list(tmp_path.iterdir()) == []

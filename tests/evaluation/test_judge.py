@@ -1,6 +1,5 @@
 """The judge and the measures of the embedded digits, on networks with random weights."""
 
-
 import pytest
 import torch
 from safetensors.torch import save_file
