@@ -6,6 +6,7 @@ Shapes: B images of H x W pixels. Tensors are float (B,3,H,W) in [-1,1], arrays 
 import math
 import os
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,10 +87,12 @@ class NpzWriter:
         self._aside = self._path.with_name(f".writing-{self._path.name}")
 
     def __enter__(self) -> Self:
-        self._archive = zipfile.ZipFile(self._aside, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._member = self._archive.open("arr_0.npy", "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
-        np.lib.format.write_array_header_1_0(self._member, header)
+        with ExitStack() as opening:
+            archive = opening.enter_context(zipfile.ZipFile(self._aside, "w", zipfile.ZIP_STORED))
+            self._member = opening.enter_context(archive.open("arr_0.npy", "w", force_zip64=True))
+            header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(self._member, header)
+            self._open = opening.pop_all()
         return self
 
     def write(self, images: np.ndarray) -> None:
@@ -101,14 +104,14 @@ class NpzWriter:
         self._written += len(images)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        self._member.close()
-        self._archive.close()
-        if kind is None and self._written == self._shape[0]:
-            os.replace(self._aside, self._path)
-            return
-        self._aside.unlink()
-        if kind is None:
-            raise VarpiError(f"{self._path}: {self._written} images were written instead of {self._shape[0]}")
+        try:
+            self._open.close()
+            if kind is None and self._written != self._shape[0]:
+                raise VarpiError(f"{self._path}: {self._written} images were written instead of {self._shape[0]}")
+            if kind is None:
+                os.replace(self._aside, self._path)
+        finally:
+            self._aside.unlink(missing_ok=True)
 
 
 def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
