@@ -180,3 +180,31 @@ def test_samples_in_parts_are_those_of_one(tmp_path: Path) -> None:
     assert np.array_equal(one, three)
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "three")]
     assert names[0] == names[1] >= {"00009.png", "grid.png", "sample.json"}
+
+
+def test_a_page_of_a_comparison(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured(tmp_path / "base.json", samples)
+    guided = ["--per-class", 8, "--seed", 5, "--guidance-scale", 2, "--output", tmp_path / "guided"]
+    assert run("sample", "digits", "--tokenizer", "digits", *guided) == 0
+    measured(tmp_path / "guided.json", tmp_path / "guided")
+    names = [f"base={tmp_path / 'base.json'}", f"guided={tmp_path / 'guided.json'}"]
+    compare = ["report", "--device", "cpu", "--output", tmp_path / "page.html", "--compare"]
+    assert run(*compare, *names, "--embeddings", "digits") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "base against guided" in page
+    assert "These rows differ in more than the model" in page
+    assert "guidance scale" in page
+    assert "Changes by class" in page
+    assert page.count("generated images, one class a column") == 2
+    assert "t-SNE" in page
+
+    capsys.readouterr()
+    run("evaluate", samples, *DIGITS, "--reference", samples, "--json", tmp_path / "other.json")
+    assert run(*compare, names[0], f"other={tmp_path / 'other.json'}") == 2
+    assert "have another reference" in capsys.readouterr().err
+    assert run(*compare, "base.json") == 2
+    assert "expected NAME=RESULT.json" in capsys.readouterr().err
+    assert run("report", "--device", "cpu") == 2
+    assert "give either a RUN or results to --compare" in capsys.readouterr().err
+    assert run(*compare[:3], "--compare", *names) == 2
+    assert "--output is missing" in capsys.readouterr().err

@@ -9,17 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from report_parts import EVIL, curve, full_report, pictures, vectors
 
 from varpi.errors import VarpiError
-from varpi.report import Reconstruction, RunReport, SampleGrid, TableRow, mean_and_std, render, write
-
-
-def pictures(n: int, size: int = 8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
-def curve(*metrics: str, steps: int = 60) -> list[dict[str, float]]:
-    return [{"step": step, **{name: 1 / step for name in metrics}} for step in range(1, steps + 1)]
+from varpi.report import (
+    ClassChanges,
+    Embeddings,
+    Reconstruction,
+    RunReport,
+    SampleGrid,
+    ScoredImages,
+    TableRow,
+    mean_and_std,
+    render,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +53,30 @@ def page(report) -> str:
     return render(report)
 
 
+@pytest.fixture(scope="module")
+def full() -> str:
+    return render(full_report())
+
+
 def mosaics(page: str) -> list[np.ndarray]:
     codes = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))) for code in codes]
 
 
-def test_page_asks_for_nothing_from_elsewhere(page):
+@pytest.mark.parametrize("name", ["page", "full"])
+def test_page_asks_for_nothing_from_elsewhere(name, request):
+    page = request.getfixturevalue(name)
     text = re.sub(r"base64,[^\"]*", "", page)
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link (?!rel=\"icon\" href=\"data:,\")", text)
     assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', page))
     assert all(target.startswith(("#", "data:")) for target in re.findall(r'\bhref="([^"]*)', page))
-    assert set(re.findall(r"url\(([^)]{1,4})", page)) <= {"#rew", "#cro"}
+    assert set(re.findall(r"url\(([^)]{1,4})", page)) <= {"#rew", "#cro", "#den", "#map"}
     assert page.count("<style") == 1  # a curve's own style sheet would apply to the whole page
 
 
-def test_ids_are_unique_and_references_resolve(page):
+@pytest.mark.parametrize("name", ["page", "full"])
+def test_ids_are_unique_and_references_resolve(name, request):
+    page = request.getfixturevalue(name)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 20
     assert set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
@@ -144,7 +157,7 @@ def test_a_skipped_update_leaves_the_rest_of_its_curve(report):
 
 
 def test_data_is_escaped(report):
-    evil = '"><script>alert(1)</script>'
+    evil = EVIL
     page = render(
         replace(
             report,
@@ -157,16 +170,52 @@ def test_data_is_escaped(report):
             environment={evil: evil},
             recipe=evil,
             costs={evil: {evil: evil}},
+            extremes=[ScoredImages(evil, pictures(2), [1, 2], evil, [evil, evil])],
+            per_class=[ClassChanges("recall", {evil: (0.1, 0.2)})],
+            embeddings=Embeddings({evil: vectors(12), "$x": vectors(13)}, evil),
         )
     )
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)") >= 13
+    assert page.count("&lt;script&gt;alert(1)") >= 25
 
 
 def test_empty_parts_are_left_out():
     page = render(RunReport("Title", "Paragraph.", "varpi demo"))
     assert "<h2>" not in page
     assert "<h1>Title</h1>" in page
+
+
+def test_every_part_has_a_heading(full):
+    assert re.findall("<h2>(.*?)</h2>", full) == [
+        "Results",
+        "Samples",
+        "Reconstructions under teacher forcing",
+        "Worst and best samples",
+        "Changes by class",
+        "Where the images lie",
+        "Learning curves",
+        "Cost",
+        "How to make it again",
+    ]
+
+
+def test_a_number_without_a_spread(full):
+    assert '<td class="best">0.6000</td>' in full
+    assert "A number without ± is of one set of samples" in full
+
+
+def test_every_image_of_a_full_page_has_a_description(full):
+    assert full.count("<img ") == len(re.findall(r'<img src="[^"]+" alt="[^"]{10,}">', full)) == 12
+    assert full.count('role="img"') == len(re.findall(r'role="img" aria-label="[^"]{10,}"', full)) == 4
+
+
+def test_a_full_page_is_light(full):
+    assert len(full) < 1_000_000
+
+
+def test_large_costs_are_powers_of_ten(full):
+    assert "<td>12\u202f800</td>" in full
+    assert "<td>1.38 × 10¹⁷</td>" in full
 
 
 def test_costs(page):
@@ -190,11 +239,12 @@ def test_write(report, page, tmp_path):
     ("change", "message"),
     [
         (
-            {"table": [TableRow("Base", {"fid": [1.0, 0.1]})]},
-            "Base has an unknown metric fid; known are frechet_distance",
+            {"table": [TableRow("Base", {"fidelity": [1.0, 0.1]})]},
+            "Base has an unknown metric fidelity; known are frechet_distance",
         ),
         ({"table": [TableRow("Base", {"recall": [math.nan, 0.1]})]}, "recall of Base is .*finite"),
         ({"table": [TableRow("Base", {"recall": [0.5]})]}, "recall of Base is .*finite"),
+        ({"table": [TableRow("Base", {"recall": math.inf})]}, "recall of Base is inf; it must be a finite"),
         (
             {"samples": [SampleGrid("Base", pictures(3) / 255, [0, 1, 2])]},
             "samples of Base: expected uint8 .* got float64",

@@ -1,7 +1,7 @@
 """Makes the text encoder of the captioned digits: `python -m varpi.embedded.text`, part of `make embedded`.
 
-A real T5 encoder of one small layer, with random weights and a vocabulary of whole words. It is never trained: that
-different words have different features is all that captions of digits need.
+A real T5 encoder of one small layer, with random weights and a vocabulary of whole words. It is never trained: that a
+word has much the same features in every sentence, and others than another word, is all that captions of digits need.
 """
 
 from pathlib import Path
@@ -40,7 +40,12 @@ def make(folder: Path) -> None:
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
     )
-    T5EncoderModel(config).save_pretrained(folder)
+    encoder = T5EncoderModel(config)
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):  # untrained layers scramble: let the words shine through
+                weight.mul_(0.1)
+    encoder.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Pictures of the page: large images are held lightly, and the worst and best are those by score."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_parts import pictures
+
+from varpi.errors import VarpiError
+from varpi.report import Reconstruction, SampleGrid, ScoredImages
+from varpi.report.pictures import extremes, sample_grid, strips
+
+
+def opened(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def photographs(n: int, side: int) -> np.ndarray:
+    """Smooth images with some noise, each of its own colour."""
+    light = np.linspace(0, 120, side)
+    images = light[None, :, None, None] + light[None, None, :, None] / 2 + np.arange(n * 3).reshape(n, 1, 1, 3)
+    return (images + np.random.default_rng(0).normal(0, 4, (n, side, side, 3))).clip(0, 255).astype(np.uint8)
+
+
+def test_large_images_become_one_webp_no_wider_than_a_page_shows():
+    uri = sample_grid(SampleGrid("Base", photographs(40, 384), list(range(10)) * 4))["image"]
+    assert uri.startswith("data:image/webp;base64,")
+    picture = opened(uri)
+    assert picture.size == (10 * 160 + 9 * 10, 4 * 160 + 3 * 10)
+    assert len(uri) < 500_000
+
+
+def test_a_shrunk_image_looks_like_the_image():
+    images = photographs(4, 256)
+    (original, *_) = strips([Reconstruction(*images[:4])] * 8)
+    tile = np.asarray(opened(original["image"]).convert("RGB"), dtype=float)[:200, :200]
+    expected = np.asarray(Image.fromarray(images[0]).resize((200, 200)), dtype=float)
+    assert np.abs(tile - expected).mean() < 3
+
+
+def test_images_that_are_not_square_keep_their_shape():
+    picture = opened(sample_grid(SampleGrid("Base", photographs(1, 800)[:, :400], [0]))["image"])
+    assert picture.size == (384, 192)
+
+
+def test_small_images_are_kept_to_the_pixel():
+    shown = extremes(ScoredImages("Base", pictures(4, 32), [0.1, 0.4, 0.3, 0.2], "score"))
+    (_, worst), (_, best) = shown["rows"]
+    np.testing.assert_array_equal(np.asarray(opened(worst[0]["image"]))[::4, ::4, :3], pictures(4, 32)[0])
+    np.testing.assert_array_equal(np.asarray(opened(best[0]["image"]))[::4, ::4, :3], pictures(4, 32)[1])
+
+
+def test_worst_and_best_are_those_by_score():
+    images, scores = pictures(7), [3.0, 1.0, 2.0, 7.0, 5.0, 4.0, 6.0]
+    shown = extremes(ScoredImages("Base", images, scores, "HPS v2.1", list("abcdefg"), most=2))
+    assert [(what, [(t["score"], t["asked"]) for t in tiles]) for what, tiles in shown["rows"]] == [
+        ("Worst", [("1.00", "b"), ("2.00", "c")]),
+        ("Best", [("7.00", "d"), ("6.00", "g")]),
+    ]
+    assert shown["note"] == "HPS v2.1, higher is better; of 7 images, the median has 4.00"
+    assert shown["rows"][0][1][0]["alt"] == "Base, image 1: HPS v2.1 1.00, b"
+
+
+def test_where_lower_is_better_the_largest_score_is_the_worst():
+    shown = extremes(ScoredImages("Base", pictures(3), [1.0, 3.0, 2.0], "LPIPS", lower_is_better=True))
+    assert [[t["score"] for t in tiles] for _, tiles in shown["rows"]] == [["3.00"], ["1.00"]]  # 2.00 would be in both
+
+
+@pytest.mark.parametrize(
+    ("scored", "message"),
+    [
+        (ScoredImages("Base", pictures(3), [1.0, 2.0], "s"), "of Base: 3 images, 2 scores"),
+        (ScoredImages("Base", pictures(2), [1.0, 2.0], "s", ["a"]), "of Base: 2 images, 2 scores, 1 conditions"),
+        (ScoredImages("Base", pictures(2), [1.0, np.nan], "s"), "scores of Base hold values that are not finite"),
+        (ScoredImages("Base", pictures(1), [1.0], "s"), "of Base: at least 2 images"),
+        (ScoredImages("Base", pictures(2) / 255, [1.0, 2.0], "s"), "expected uint8 .* got float64"),
+    ],
+)
+def test_bad_scored_images(scored, message):
+    with pytest.raises(VarpiError, match=message):
+        extremes(scored)
