@@ -470,6 +470,7 @@ def _judge(options: argparse.Namespace) -> Any:
             generator,
             tokenizer,
             _recipe_of(options.samples),
+            about={"generator": options.generator, "generator_sha256": _digest(options.generator)},
             data=options.data,
             split=options.split,
             features=options.features,

@@ -120,6 +120,7 @@ def judge_alignment(
     tokenizer: Any,
     recipe: Recipe | None,
     *,
+    about: Mapping[str, Any],
     data: str | None,
     split: str,
     features: str,
@@ -131,7 +132,10 @@ def judge_alignment(
     device: str,
     progress: bool,
 ) -> Result:
-    """Alignment on the held-out images of `data`, or of the run's own source; reward and β are the run's."""
+    """Alignment on the held-out images of `data`, or of the run's own source; reward and β are the run's.
+
+    about: what the result says of the generator.
+    """
     side = generator.grid * tokenizer.downsample
     if data is not None:
         dataset = open_dataset(data, image_size=side, split=split)
@@ -151,7 +155,7 @@ def judge_alignment(
         }
         if reward.perceptual_weight > 0:
             perceptual = load_perceptual(reward.perceptual, reward.perceptual_weights, device)
-    return evaluate_alignment(
+    result = evaluate_alignment(
         generator,
         tokenizer,
         dataset,
@@ -164,6 +168,7 @@ def judge_alignment(
         progress=progress,
         **chosen,
     )
+    return dataclasses.replace(result, sampling={**about, **(result.sampling or {})})
 
 
 def world_of(device: str | None) -> Any:

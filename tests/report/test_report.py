@@ -244,6 +244,7 @@ def test_write(report, page, tmp_path):
         ),
         ({"table": [TableRow("Base", {"recall": [math.nan, 0.1]})]}, "recall of Base is .*finite"),
         ({"table": [TableRow("Base", {"recall": [0.5]})]}, "recall of Base is .*finite"),
+        ({"table": [TableRow("Base", {"recall": [0.5, -0.1]})]}, "recall of Base is .*finite"),
         ({"table": [TableRow("Base", {"recall": math.inf})]}, "recall of Base is inf; it must be a finite"),
         (
             {"samples": [SampleGrid("Base", pictures(3) / 255, [0, 1, 2])]},

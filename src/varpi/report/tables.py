@@ -117,9 +117,11 @@ def _check(row: str, name: str, value: Sequence[float] | float) -> None:
 
 
 def _mean_and_spread(value: Sequence[float] | float) -> tuple[float, float | None]:
-    """[mean, std], or a number and no std. Raises ValueError for a list of another length."""
+    """[mean, std], or a number and no std. Raises ValueError for a list of another length or a std below 0."""
     if isinstance(value, Sequence):
         mean, std = value
+        if std < 0:
+            raise ValueError
         return float(mean), float(std)
     return float(value), None
 
