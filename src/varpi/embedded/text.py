@@ -11,11 +11,7 @@ import torch
 from varpi.data.digits import WORDS
 
 FOLDER = Path(__file__).parent / "digits-text"
-OTHER_WORDS = (
-    "a an at black blackboard by child could digit draw drawing for form from hand handwritten i image in "
-    "large letter look make me my notebook number numeral of old on painting pen photo picture please "
-    "scan see show someone the thick white with written wrote you "
-).split()
+OTHER_WORDS = ["a", "an", "at", "black", "blackboard", "by", "child", "could", "digit", "draw", "drawing", "for", "form", "from", "hand", "handwritten", "i", "image", "in", "large", "letter", "look", "make", "me", "my", "notebook", "number", "numeral", "of", "old", "on", "painting", "pen", "photo", "picture", "please", "scan", "see", "show", "someone", "the", "thick", "white", "with", "written", "wrote", "you"]
 """Beside the digits: those of captions, and more. Another list is another encoder."""
 
 
