@@ -11,7 +11,11 @@ import torch
 from varpi.data.digits import WORDS
 
 FOLDER = Path(__file__).parent / "digits-text"
-OTHER_WORDS = ["a", "an", "at", "black", "blackboard", "by", "child", "could", "digit", "draw", "drawing", "for", "form", "from", "hand", "handwritten", "i", "image", "in", "large", "letter", "look", "make", "me", "my", "notebook", "number", "numeral", "of", "old", "on", "painting", "pen", "photo", "picture", "please", "scan", "see", "show", "someone", "the", "thick", "white", "with", "written", "wrote", "you"]
+OTHER_WORDS = (
+    "a an at black blackboard by child could digit draw drawing for form from hand handwritten i image in "
+    "large letter look make me my notebook number numeral of old on painting pen photo picture please "
+    "scan see show someone the thick white with written wrote you "
+)
 """Beside the digits: those of captions, and more. Another list is another encoder."""
 
 
@@ -20,7 +24,7 @@ def make(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *OTHER_WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *OTHER_WORDS.split()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
