@@ -14,7 +14,13 @@ from varpi.objective.perceptual import NETS, cached_trunk
 from varpi.weights.files import embedded
 
 PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+EXTRAS = {
+    "text": "transformers",
+    "lora": "peft",
+    "evaluation": "torch_fidelity",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 
 
 def report() -> list[tuple[str, str]]:

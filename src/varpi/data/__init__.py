@@ -1,5 +1,6 @@
 """Where (image, condition) pairs come from."""
 
+from varpi.data.captions import clean_caption
 from varpi.data.dataset import BadImage, Captioned, Dataset, Dropped, Item
 from varpi.data.loader import Batch, Batches
 from varpi.data.source import open_dataset
@@ -14,6 +15,7 @@ __all__ = [
     "Dropped",
     "Item",
     "center_crop",
+    "clean_caption",
     "open_dataset",
     "to_tensor",
 ]
