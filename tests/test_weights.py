@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,23 +271,25 @@ def test_export_writes_no_more_than_the_weights(generator: LlamaGen, tmp_path: P
     assert written.untyped_storage().nbytes() == written.nbytes
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Writing more than 64 KiB to a file fails, as on a disk without space."""
+    """Writing more than 64 KiB to a file fails, as on a disk without space; to pytest's own output too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("write", [save_generator, export_original])
-@pytest.mark.usefixtures("full_disk")
 def test_a_write_that_fails_leaves_the_old_file(
     generator: LlamaGen, tmp_path: Path, write: Callable[..., None]
 ) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
-    with pytest.raises(VarpiError, match=r"model.pt: could not be written \(.*\); nothing was overwritten"):
+    refused = pytest.raises(VarpiError, match=r"model.pt: could not be written \(.*\); nothing was overwritten")
+    with full_disk(), refused:
         write(generator, path)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
