@@ -21,8 +21,8 @@ from torchvision.models import vgg16
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig
+from varpi.networks.classifier import load_perceptual
 from varpi.objective import Perceptual
-from varpi.weights.classifier import load_perceptual
 from varpi.weights.names import generator_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

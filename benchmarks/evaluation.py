@@ -32,10 +32,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from varpi.evaluation.distances import kernel_distance, precision_recall
 from varpi.evaluation.distribution import Settings, evaluate_distribution
-from varpi.evaluation.features import PRECISIONS, FeatureExtractor, load_extractor
-from varpi.evaluation.images import save_npz, save_png
-from varpi.evaluation.sample_sets import image_files, open_reference, open_samples
+from varpi.evaluation.reference import open_reference
 from varpi.evaluation.statistics import frechet, moments
+from varpi.networks.extractors import PRECISIONS, FeatureExtractor, load_extractor
+from varpi.samples.images import save_npz, save_png
+from varpi.samples.reading import image_files, open_samples
 
 NAMES = {
     "fid": "frechet_inception_distance",

@@ -23,8 +23,8 @@ from varpi.data import Batch
 from varpi.generators.janus import ARCHITECTURES, Janus, config_for
 from varpi.methods.va_pi import VaPi
 from varpi.recipe import parse_recipe
+from varpi.runtime.processes import World
 from varpi.tokenizers import VQ, VQConfig
-from varpi.training.distributed import World
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
 from varpi.weights.lora import add_adapters

@@ -41,9 +41,9 @@ from varpi.generators import LlamaGen
 from varpi.methods import Outcome
 from varpi.methods.va_pi import Rollout, VaPi
 from varpi.recipe import Recipe, parse_recipe
-from varpi.stages import Stages
+from varpi.runtime.processes import World
+from varpi.runtime.stages import Stages
 from varpi.tokenizers import VQ, VQConfig
-from varpi.training.distributed import World
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
 

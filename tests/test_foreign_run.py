@@ -9,7 +9,7 @@ import torch
 import torchvision
 from training_runs import numbers
 
-from varpi.cli import main
+from varpi.cli.main import main
 from varpi.generators import LlamaGenConfig
 from varpi.tokenizers import VQConfig
 from varpi.weights import export_original

@@ -11,7 +11,7 @@ from golden import config_of, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
-from varpi.sampling import filter_logits, generate
+from varpi.sampling.generate import filter_logits, generate
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import load_generator, load_tokenizer, to_original
 from varpi.weights.names import original_name

@@ -18,11 +18,11 @@ import yaml
 from PIL import Image
 from training_runs import crash, numbers, quiet, same, weights
 
-from varpi.cli import main
+from varpi.cli.main import main
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 from varpi.recipe import Recipe, load_recipe
-from varpi.sampling import generate
+from varpi.sampling.generate import generate
 from varpi.training.state import checkpoints
 from varpi.weights import load_generator, save_generator, save_tokenizer
 

@@ -1,6 +1,6 @@
 """`python -m varpi`, and with it `torchrun -m varpi train …`."""
 
-from varpi.cli import main
+from varpi.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

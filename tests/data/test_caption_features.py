@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varpi.data import BadImage, Dropped, Item
-from varpi.data.features import EncodeCounts, WithFeatures, encode_captions, read_features, write_features
+from varpi.data.caption_features import EncodeCounts, WithFeatures, encode_captions, read_features, write_features
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 

@@ -9,13 +9,16 @@ import torch
 
 from varpi.data import open_dataset
 from varpi.errors import VarpiError
-from varpi.evaluation import embed, feature_store, frechet_distance, load_judge, precision_recall, save_npz, save_png
+from varpi.evaluation import feature_store, frechet_distance, precision_recall
 from varpi.evaluation.distribution import METRICS, Settings, evaluate_distribution
-from varpi.evaluation.features import load_extractor
+from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import differences, read_result, write_result
-from varpi.evaluation.sample_sets import open_reference, open_samples
 from varpi.evaluation.statistics import frechet, moments
-from varpi.training.distributed import World
+from varpi.networks.extractors import load_extractor
+from varpi.networks.judge import embed, load_judge
+from varpi.runtime.processes import World
+from varpi.samples.images import save_npz, save_png
+from varpi.samples.reading import open_samples
 
 SMALL = Settings(inception_score_splits=2, kid_subsets=5, kid_subset_size=10)
 

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from varpi.errors import VarpiError
-from varpi.evaluation.detectors import Found, read_detections, write_detections
 from varpi.evaluation.geneval import (
     TASKS,
     evaluate_geneval,
@@ -19,6 +18,7 @@ from varpi.evaluation.geneval import (
     write_geneval_folder,
 )
 from varpi.evaluation.result import differences, read_result, write_result
+from varpi.networks.detectors import Found, read_detections, write_detections
 
 # -- rules
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from varpi.errors import VarpiError
-from varpi.evaluation.images import save_npz, save_png
 from varpi.evaluation.result import differences, read_result, write_result
 from varpi.evaluation.text_scores import HpsScorer, clip_scores, evaluate_text, fit_longer_side, hps_scores
+from varpi.samples.images import save_npz, save_png
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")

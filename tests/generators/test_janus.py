@@ -16,7 +16,7 @@ from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions, janus
 from varpi.generators.janus import Janus, PromptCondition
 from varpi.generators.pretrained import Pretrained, PretrainedGenerator
-from varpi.sampling import generate
+from varpi.sampling.generate import generate
 
 PROMPTS = ["a red cat", "the small blue dog sleeping on the moon .", "moon"]
 TRAINABLE = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")

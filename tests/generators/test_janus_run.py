@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_runs import crash, numbers, quiet, same, weights
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 
-from varpi.cli import main
+from varpi.cli.main import main
 from varpi.errors import VarpiError
 from varpi.generators.janus import Janus
 from varpi.recipe import Recipe, load_recipe

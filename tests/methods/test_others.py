@@ -8,21 +8,21 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from varpi import objective
 from varpi.data import Batches, open_dataset
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGenConfig
 from varpi.methods import Method, build_method
-from varpi.methods.pair import load_pair, open_generator
 from varpi.methods.va_pi import CONDITION_DROP
-from varpi.objective.features import SmallConvNet
+from varpi.networks.classifier import load_classifier
+from varpi.networks.convnet import SmallConvNet
 from varpi.recipe import Recipe, parse_recipe
+from varpi.runtime.processes import World
+from varpi.runtime.randomness import uniforms
 from varpi.tokenizers import VQConfig
-from varpi.training.distributed import World
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_tokenizer, save_generator, save_tokenizer
-from varpi.weights.classifier import load_classifier
+from varpi.weights.pair import load_pair, open_generator
 
 
 def batches(recipe: Recipe) -> Batches:
@@ -50,7 +50,7 @@ def test_next_token_is_cross_entropy_by_hand(pair: Path) -> None:
     method: Any = build(recipe)
     batch = batches(recipe).at(2)
     targets = method.tokenizer.encode(batch.images)
-    drop = objective.uniforms(recipe.seed, 2, batch.positions, (), stream=CONDITION_DROP) < 0.5
+    drop = uniforms(recipe.seed, 2, batch.positions, (), stream=CONDITION_DROP) < 0.5
     assert 0 < drop.sum() < 8
     condition = torch.where(drop, tiny.GENERATOR.num_classes, batch.condition)
     with torch.no_grad():

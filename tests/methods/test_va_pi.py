@@ -23,7 +23,7 @@ from varpi.methods import build_method
 from varpi.methods.va_pi import Rollout, VaPi
 from varpi.recipe import Recipe, Reward
 from varpi.recipe import VaPi as Settings
-from varpi.training.distributed import World
+from varpi.runtime.processes import World
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_generator

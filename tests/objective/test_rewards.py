@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from varpi.errors import VarpiError
-from varpi.objective import ConvFeatures, RewardWeights, SmallConvNet, score_samples
+from varpi.networks.convnet import SmallConvNet
+from varpi.networks.perceptual import ConvFeatures
+from varpi.objective import RewardWeights, score_samples
 
 
 class MeanColor:

@@ -5,7 +5,8 @@ import torch
 from scipy import stats
 
 from varpi.errors import VarpiError
-from varpi.objective import sample_tokens, uniforms
+from varpi.objective import sample_tokens
+from varpi.runtime.randomness import uniforms
 
 ALMOST_ONE = 1 - 2.0**-24
 

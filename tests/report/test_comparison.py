@@ -8,7 +8,7 @@ from report_parts import EVIL, result
 
 from varpi.errors import VarpiError
 from varpi.report import METRICS, NamedResult, RunReport, render
-from varpi.report.comparison import tables_of_results
+from varpi.report.results import tables_of_results
 from varpi.report.tables import Table
 
 FID = {"fid": 10.0, "precision": 0.6}

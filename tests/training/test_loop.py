@@ -11,8 +11,8 @@ from training_runs import contents, crash, numbers, quiet, same, steps_saved, we
 
 from varpi.errors import VarpiError
 from varpi.recipe import Optimizer
+from varpi.runtime.processes import World
 from varpi.training import read_metrics, train
-from varpi.training.distributed import World
 from varpi.training.loop import _train, learning_rate, make_optimizer
 from varpi.weights import load_generator
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
-from varpi.cli import main
+from varpi.cli.main import main
 from varpi.training import read_metrics
 from varpi.training.logging import Logger
 

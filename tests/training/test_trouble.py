@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
-from varpi.cli import main
+from varpi.cli.main import main
 from varpi.errors import VarpiError
 from varpi.methods import build_method
 from varpi.methods.va_pi import VaPi

@@ -74,7 +74,7 @@ def open_dataset(
         return dataset
     if not _is_captioned(dataset):
         raise VarpiError(f"{source}: has classes, but caption_features are for captions; leave them out")
-    from varpi.data.features import WithFeatures
+    from varpi.data.caption_features import WithFeatures
 
     return WithFeatures(dataset, caption_features)
 
@@ -178,7 +178,7 @@ def _open(
 
         return JsonLines(paths, image_size=image_size, caption_fields=fields or CAPTION_FIELDS, min_side=min_side)
 
-    from varpi.data.hub import CaptionTable, Table, load_hub, load_parquet, load_saved
+    from varpi.data.tables import CaptionTable, Table, load_hub, load_parquet, load_saved
 
     if kind == "hub":
         rows = load_hub(place.name, place.revision, split)

@@ -308,7 +308,7 @@ def _open_table(
     image_size: int,
     min_side: int | None,
 ) -> Opened:
-    from varpi.data.hub import check_columns, check_image_type, decode_cell, stream_hub, stream_parquet
+    from varpi.data.tables import check_columns, check_image_type, decode_cell, stream_hub, stream_parquet
 
     if place.kind == "hub":
         rows, commit = stream_hub(place.name, place.revision, split)
@@ -357,7 +357,7 @@ def _open_table(
 
 def _read_rows(rows: Any, file: int, name: str) -> Iterator[Row]:
     """The rows of one of the files of a streamed dataset."""
-    from varpi.data.hub import reason
+    from varpi.data.tables import reason
 
     try:
         for number, row in enumerate(rows.shard(num_shards=rows.num_shards, index=file)):

@@ -21,7 +21,7 @@ from varpi.data.dataset import BadImage, Dropped, Item
 from varpi.data.jsonl import check_names, find_caption, find_twins, parse_record, shown
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
-from varpi.files import line
+from varpi.runtime.files import line
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
 _KINDS = {suffix: "image" for suffix in IMAGE_SUFFIXES} | {"json": "json", "txt": "txt"}

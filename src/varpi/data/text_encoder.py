@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varpi import hub
 from varpi.data.captions import clean_caption
 from varpi.errors import VarpiError
-from varpi.files import line
+from varpi.runtime import hub
+from varpi.runtime.files import line
 
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
 

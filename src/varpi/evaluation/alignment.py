@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from varpi import objective
 from varpi.data.dataset import BadImage, Dataset, Dropped, Item
 from varpi.data.loader import collate_conditions, permutation
+from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import frechet_distance
-from varpi.evaluation.features import FeatureExtractor
-from varpi.evaluation.images import to_uint8
 from varpi.evaluation.result import Result
 from varpi.generators import Generator
+from varpi.networks.extractors import FeatureExtractor
 from varpi.objective import Perceptual, RewardWeights
-from varpi.sampling import generate
+from varpi.runtime.randomness import uniforms
+from varpi.sampling.generate import generate
 from varpi.tokenizers import Tokenizer
 from varpi.weights import check_pair
 
@@ -248,12 +249,12 @@ class _Meter:
         logits = self.generator.logits(targets, condition)
         self._predictions("real", logits, targets)
         if self.context_noise > 0:
-            draws = objective.uniforms(self.seed, 0, places, (targets.shape[1], 2), stream=NOISE)
+            draws = uniforms(self.seed, 0, places, (targets.shape[1], 2), stream=NOISE)
             del logits  # the largest tensor here; never two of them
             context = objective.corrupt(targets, self.context_noise, self.generator.vocab_size, uniforms=draws)
             logits = self.generator.logits(context, condition)
         self._keep("prior_term", -objective.token_log_probs(logits, targets[:, None])[:, 0].double().mean(dim=1))
-        draws = objective.uniforms(self.seed, 0, places, (self.group_size, targets.shape[1]), stream=SAMPLES)
+        draws = uniforms(self.seed, 0, places, (self.group_size, targets.shape[1]), stream=SAMPLES)
         samples = objective.sample_tokens(logits, self.group_size, uniforms=draws)
         del logits
         rewards = objective.score_samples(

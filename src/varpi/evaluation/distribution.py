@@ -19,10 +19,11 @@ import torch
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import inception_score, kernel_distance, precision_recall
 from varpi.evaluation.feature_store import FeatureStore
-from varpi.evaluation.features import FeatureExtractor
+from varpi.evaluation.reference import Reference
 from varpi.evaluation.result import Result
-from varpi.evaluation.sample_sets import Reference, SampleSet
 from varpi.evaluation.statistics import Moments, frechet
+from varpi.networks.extractors import FeatureExtractor
+from varpi.samples.reading import SampleSet
 
 METRICS = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool", "kid": "pool"}
 """What can be asked for, and the stream that it is computed on."""
@@ -31,7 +32,7 @@ _OTHER_NAMES = {"fid": "frechet_distance", "kid": "kernel_distance", "is": "ince
 
 
 class Processes(Protocol):
-    """Of `varpi.training.distributed.World`, what an evaluation needs."""
+    """Of `varpi.runtime.processes.World`, what an evaluation needs."""
 
     @property
     def rank(self) -> int: ...

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varpi.errors import VarpiError
-from varpi.evaluation.features import FeatureExtractor
-from varpi.evaluation.sample_sets import Batch, SampleSet, contents_sha256
 from varpi.evaluation.statistics import Moments, moments_of_parts
-from varpi.files import write_aside, write_text
+from varpi.networks.extractors import FeatureExtractor
+from varpi.runtime.files import write_aside, write_text
+from varpi.samples.reading import Batch, SampleSet, contents_sha256
 
 CHUNK = 512
 """Images in one file of features: 10 MB on Inception."""

@@ -1,7 +1,7 @@
 """GenEval: whether an image shows the objects, colours and places that its prompt asks for.
 
 Ghosh et al. 2023 (arXiv 2310.11513); the rules are those of the original's evaluate_images.py and summary_scores.py.
-The rules know no model: they judge detections, which `varpi.evaluation.detectors` makes, or any other detector.
+The rules know no model: they judge detections, which `varpi.networks.detectors` makes, or any other detector.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from PIL import Image
 
 from varpi.data.prompts import GENEVAL_COLORS, read_geneval_metadata
 from varpi.errors import VarpiError
-from varpi.evaluation.detectors import (
+from varpi.evaluation.result import Result
+from varpi.networks.detectors import (
     OBJECT_NAMES,
     Boxes,
     Colorist,
@@ -29,10 +30,9 @@ from varpi.evaluation.detectors import (
     read_detections,
     write_detections,
 )
-from varpi.evaluation.images import save_png
-from varpi.evaluation.result import Result
-from varpi.evaluation.sample_sets import SampleSet, open_samples
-from varpi.files import write_text
+from varpi.runtime.files import write_text
+from varpi.samples.images import save_png
+from varpi.samples.reading import SampleSet, open_samples
 from varpi.weights import sha256_of
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -11,7 +11,7 @@ import torch
 
 import varpi
 from varpi.errors import VarpiError
-from varpi.files import write_text
+from varpi.runtime.files import write_text
 
 FORMAT = 1
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from varpi.data.prompts import read_prompts
 from varpi.errors import VarpiError
-from varpi.evaluation.detectors import architecture_name, load_open_clip, load_transformers
 from varpi.evaluation.geneval import digest_of, prompt_folders, sampling_settings
 from varpi.evaluation.result import Result
-from varpi.evaluation.sample_sets import SampleSet, contents_sha256, image_files, open_samples
-from varpi.files import line
+from varpi.networks.detectors import architecture_name, load_open_clip, load_transformers
+from varpi.runtime.files import line
+from varpi.samples.reading import SampleSet, contents_sha256, image_files, open_samples
 
 METRICS = ("clip", "hps")
 CLIP_B32 = "openai/clip-vit-base-patch32"

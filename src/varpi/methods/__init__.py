@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from varpi.data import Batch
 from varpi.recipe import Recipe
-from varpi.stages import Stages
+from varpi.runtime.stages import Stages
 
 __all__ = ["Method", "Outcome", "build_method"]
 

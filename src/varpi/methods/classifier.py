@@ -9,12 +9,12 @@ from torch import Tensor
 from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
-from varpi.methods.pair import autocast
-from varpi.objective.features import SmallConvNet
+from varpi.networks.classifier import save_classifier
+from varpi.networks.convnet import SmallConvNet
 from varpi.recipe import Classifier as Settings
 from varpi.recipe import Recipe
-from varpi.stages import Stages
-from varpi.weights.classifier import save_classifier
+from varpi.runtime.processes import autocast
+from varpi.runtime.stages import Stages
 
 
 class Classifier:

@@ -18,14 +18,16 @@ from varpi import objective
 from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
-from varpi.methods.pair import autocast, load_pair, open_generator
-from varpi.objective.perceptual import Perceptual
+from varpi.networks.classifier import load_perceptual
+from varpi.objective.rewards import Perceptual
 from varpi.recipe import Recipe
 from varpi.recipe import VaPi as Settings
-from varpi.stages import Stages
+from varpi.runtime.processes import autocast
+from varpi.runtime.randomness import uniforms
+from varpi.runtime.stages import Stages
 from varpi.tokenizers import Tokenizer
 from varpi.weights import save_generator
-from varpi.weights.classifier import load_perceptual
+from varpi.weights.pair import load_pair, open_generator
 
 # Streams of random numbers; each is keyed by seed, step and the image's position in the global batch.
 NOISE, SAMPLES, CONDITION_DROP = 0, 1, 2
@@ -189,7 +191,7 @@ class VaPi:
             )
 
     def _uniforms(self, batch: Batch, step: int, shape: tuple[int, ...], stream: int) -> Tensor:
-        return objective.uniforms(self.seed, step, batch.positions, shape, stream=stream, device=self.device)
+        return uniforms(self.seed, step, batch.positions, shape, stream=stream, device=self.device)
 
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:

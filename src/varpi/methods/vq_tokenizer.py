@@ -13,13 +13,14 @@ from torch import Tensor
 from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
-from varpi.methods.pair import autocast, open_tokenizer
+from varpi.networks.classifier import load_perceptual
 from varpi.recipe import Recipe
 from varpi.recipe import VqTokenizer as Settings
-from varpi.stages import Stages
+from varpi.runtime.processes import autocast
+from varpi.runtime.stages import Stages
 from varpi.tokenizers import VQ
 from varpi.weights import save_tokenizer
-from varpi.weights.classifier import load_perceptual
+from varpi.weights.pair import open_tokenizer
 
 
 class VqTokenizer:

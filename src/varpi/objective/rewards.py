@@ -4,14 +4,29 @@ B images, G samples per image, N tokens per image.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from varpi.errors import VarpiError
-from varpi.objective.perceptual import Perceptual
+
+
+class Perceptual(Protocol):
+    """A distance between images that is a distance between their features."""
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of images (n,3,H,W) in [-1,1], one tensor (n,C,h,w) per layer."""
+        ...
+
+    def distance(self, features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """Distances float32 (n,) from n images to m references, n a multiple of m.
+
+        Each reference serves n/m consecutive images: the G samples of one target, without copies of its features.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from varpi.files import write_text
-from varpi.report.comparison import NamedResult, tables_of_results
 from varpi.report.curves import curve_panels
 from varpi.report.drawing import legend
 from varpi.report.figures import embedding_density, embedding_map
 from varpi.report.metrics import METRICS, Metric
 from varpi.report.pictures import Reconstruction, SampleGrid, ScoredImages, extremes, sample_grid, strips
+from varpi.report.results import NamedResult, tables_of_results
 from varpi.report.tables import ClassChanges, TableRow, class_changes, mean_and_std, table
+from varpi.runtime.files import write_text
 
 __all__ = [
     "METRICS",

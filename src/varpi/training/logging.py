@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from varpi.errors import VarpiError
-from varpi.files import write_text
 from varpi.recipe import Logging
+from varpi.runtime.files import write_text
 
 Metrics = dict[str, float]
 

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from varpi.data import BadImage, Batch, Dataset, Dropped, Item
 from varpi.data.loader import collate_conditions
+from varpi.data.opening import open_batches, open_split
 from varpi.errors import VarpiError
-from varpi.files import write_text
 from varpi.generators import Generator
 from varpi.methods import Method, build_method
 from varpi.recipe import Optimizer, Recipe, read_yaml
-from varpi.training.batches import open_batches, open_split
-from varpi.training.distributed import World, gradient_norm, join_world, leave_world, shard
+from varpi.runtime.files import write_text
+from varpi.runtime.processes import World, join_world, leave_world
 from varpi.training.logging import Logger, Metrics, peak_memory
+from varpi.training.sharding import gradient_norm, shard
 from varpi.training.state import (
     Progress,
     checkpoints,

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from varpi.errors import VarpiError
-from varpi.files import write_text
-from varpi.training.distributed import World
+from varpi.runtime.files import write_text
+from varpi.runtime.processes import World
 
 TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
 """A checkpoint holds what training changes; frozen weights come from their source again."""

@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from varpi.errors import VarpiError
-from varpi.files import write_aside, write_text
 from varpi.generators import Generator, LlamaGen, LlamaGenConfig
 from varpi.generators.pretrained import Family, Pretrained, PretrainedGenerator, families, family_of
+from varpi.runtime.files import write_aside, write_text
+from varpi.runtime.tensors import EMBEDDED, SIDE_FILES, Source, embedded, few, fill, read_checkpoint, sha256_of
 from varpi.tokenizers import VQ, Tokenizer, VQConfig
 from varpi.weights import lora, names
-from varpi.weights.files import EMBEDDED, SIDE_FILES, Source, embedded, few, read_checkpoint, sha256_of
 
 __all__ = [
     "EMBEDDED",
@@ -101,7 +101,7 @@ def load_generator(
         _refuse_contradiction(where, "the configuration inside the file says", rest, said, config)
     with torch.device("meta"):
         generator = LlamaGen(config)
-    _fill(generator, tensors, str if native else names.original_name, where, said, device, dtype)
+    fill(generator, tensors, str if native else names.original_name, where, said, device, dtype)
     generator.reset_tables()
     return generator.eval()
 
@@ -127,7 +127,7 @@ def load_tokenizer(
     if (family := _family(opened, architecture)) is not None:
         its_own: Any
         its_own, tensors = family.assemble_tokenizer(_pretrained(family, opened, architecture, {}))
-        _fill(its_own, tensors, str, opened.where, "its configuration", device, dtype)
+        fill(its_own, tensors, str, opened.where, "its configuration", device, dtype)
         return its_own.eval()
     where, tensors, stored = opened.where, opened.tensors, opened.own_config(VQConfig)
     if "quantize.embedding.weight" not in tensors:
@@ -149,7 +149,7 @@ def load_tokenizer(
         _refuse_contradiction(where, "the configuration inside the file says", rest, said, config)
     with torch.device("meta"):
         tokenizer = VQ(config)
-    _fill(tokenizer, tensors, str, where, said, device, dtype)
+    fill(tokenizer, tensors, str, where, said, device, dtype)
     return tokenizer.eval()
 
 
@@ -255,7 +255,7 @@ def _load_pretrained(
     generator: Any
     generator, tensors = family.assemble(_pretrained(family, opened, architecture, compat))
     _check_image_size(opened.where, image_size, generator.grid)
-    _fill(generator, tensors, str, opened.where, "its configuration", device, dtype)
+    fill(generator, tensors, str, opened.where, "its configuration", device, dtype)
     generator.reset_tables()
     return generator.eval()
 
@@ -284,50 +284,6 @@ def _refuse_contradiction(where: str, one: str, facts: Mapping[str, Any], other:
         left = ", ".join(f"{field} {facts[field]}" for field in differing)
         right = ", ".join(f"{field} {getattr(config, field)}" for field in differing)
         raise VarpiError(f"{where}: {one} {left}, but {other} says {right}")
-
-
-def _fill(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    name_in_file: Callable[[str], str],
-    where: str,
-    said: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> None:
-    """Give a model on the meta device its weights: all of them, and none left over. Empties `tensors`.
-
-    Each tensor is copied by itself, so that only one copy of a mapped file is ever in memory and nothing the model does
-    reaches the source.
-    """
-    if not dtype.is_floating_point:
-        raise VarpiError(f"dtype is {dtype}; weights need a floating-point one")
-    expected = {name_in_file(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "of the wrong shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-            for name, (_, shape) in expected.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(found)} {what}: {few(found)}" for what, found in problems.items() if found)
-        raise VarpiError(f"{where}: does not fit {said}: {listed}")
-    weights: dict[str, Tensor] = {}
-    own = model.state_dict()
-    for theirs, (ours, _) in expected.items():
-        tensor = tensors.pop(theirs).detach()
-        if not own[ours].is_floating_point():  # a counter
-            weights[ours] = tensor.to(device, own[ours].dtype, copy=True)
-            continue
-        if not tensor.is_floating_point():
-            raise VarpiError(f"{where}: {theirs} is {tensor.dtype}; weights must be floating-point numbers")
-        weights[ours] = tensor.to(device, dtype, copy=True).contiguous()
-        if not weights[ours].isfinite().all():
-            raise VarpiError(f"{where}: {theirs} holds NaN or infinite values (as {dtype})")
-    model.load_state_dict(weights, strict=True, assign=True)
 
 
 # -- out

@@ -1,0 +1,70 @@
+"""What is installed, what this machine has, and what can be run on it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+
+import torch
+
+import varpi
+from varpi.errors import VarpiError
+from varpi.networks.perceptual import NETS, cached_trunk
+from varpi.runtime.tensors import embedded
+
+PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
+EXTRAS = {
+    "text": "transformers",
+    "lora": "peft",
+    "evaluation": "torch_fidelity",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, finding) lines, for a person to read or to paste into a question."""
+    lines = [("varpi", varpi.__version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    lines += [(name, importlib.metadata.version(name)) for name in PACKAGES]
+    for extra, module in EXTRAS.items():
+        found = importlib.util.find_spec(module) is not None
+        lines.append((f"extra {extra}", "installed" if found else f"not installed: pip install 'varpi[{extra}]'"))
+    lines.append(("processors", f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"))
+    lines.append(("memory", _memory()))
+    lines.append(("disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free"))
+    lines += _devices()
+    lines.append(("bf16 on cuda", str(torch.cuda.is_bf16_supported()) if torch.cuda.is_available() else "no cuda"))
+    for kind in ("generator", "tokenizer", "features", "judge"):
+        lines.append((f"embedded {kind}", _embedded(kind)))
+    lines += [(f"weights for lpips-{net}", _trunk(net)) for net in NETS]
+    return lines
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (ValueError, OSError):
+        return "unknown"
+
+
+def _devices() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("cuda", "no device: `varpi demo` and the digits recipes run here, full-size training does not")]
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        lines.append((f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB"))
+    return lines
+
+
+def _embedded(kind: str) -> str:
+    try:
+        return f"{embedded('digits', kind).stat().st_size / 2**20:.1f} MiB"
+    except VarpiError as error:
+        return str(error)
+
+
+def _trunk(net: str) -> str:
+    path = cached_trunk(net)
+    return str(path) if path.is_file() else f"not at {path}: downloaded at first use, or put it there"

@@ -1,0 +1,246 @@
+"""Caption features on disk: one file per caption, written once, read in training instead of running the encoder."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varpi.data.dataset import BadImage, Captioned, Dropped, Item
+from varpi.data.text_encoder import TextEncoder
+from varpi.errors import VarpiError
+from varpi.runtime.files import line, write_aside, write_text
+
+Form = Literal["safetensors", "npy"]
+"""safetensors: "features" bfloat16 (L, C), which loses nothing of an encoder that computes in bfloat16. npy: float32
+(1, L, C), the files that LlamaGen's extraction writes and its training reads."""
+
+# Where a dataset's first items have no features, the rest have none either: a wrong root, not some dropped captions.
+_LOOKED_FOR = 1000
+
+
+def write_features(path: Path, features: Tensor, form: Form) -> None:
+    """Write one caption's features, float (L, C), to `path`, whose name must end in the form's suffix.
+
+    Raises:
+        VarpiError: they are not features (see `read_features`), or cannot be written; `path` is as before.
+    """
+    if path.suffix != f".{form}":
+        raise VarpiError(f"{path}: the name of a file of form {form!r} must end in .{form}")
+    features = _checked(features.detach().cpu(), path)
+    if form == "npy":
+        # By the open file, because numpy would add a suffix to the name
+        def write(aside: Path) -> None:
+            with aside.open("wb") as file:
+                np.save(file, features[None].numpy())
+    else:
+
+        def write(aside: Path) -> None:
+            save_file({"features": features.bfloat16().contiguous()}, aside)
+
+    write_aside(path, write)
+
+
+def read_features(path: Path) -> Tensor:
+    """The features of one caption, float32 (L, C), from a file of either form; npy may also hold (L, C).
+
+    Raises:
+        VarpiError: the file is absent or damaged, has another shape, or holds anything but L >= 1 rows of finite
+            floats.
+    """
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            features = torch.from_numpy(array[0] if array.ndim == 3 and len(array) == 1 else array)
+        else:
+            with safe_open(path, framework="pt") as file:
+                features = file.get_tensor("features")
+    except Exception as error:  # numpy's parser of a damaged header raises nearly anything
+        raise VarpiError(f"{path}: not a readable file of caption features ({line(error)}); encode it again") from error
+    return _checked(features, path)
+
+
+def _checked(features: Tensor, path: Path) -> Tensor:
+    """As float32 (L, C)."""
+    if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
+        raise VarpiError(f"{path}: holds {features.dtype} {tuple(features.shape)}; caption features are float (L, C)")
+    features = features.float()
+    if not features.isfinite().all():
+        raise VarpiError(f"{path}: the caption features hold values that are not finite")
+    return features
+
+
+class WithFeatures:
+    """A captioned dataset whose conditions are features from files instead of the captions themselves.
+
+    Args:
+        dataset: the captions and images.
+        root: directory of the files; those of an item lie at `root/key.safetensors` or else `root/key.npy`.
+
+    Raises:
+        VarpiError: none of the first 1000 items has features under `root`.
+    """
+
+    num_classes = None
+    class_names = None
+
+    def __init__(self, dataset: Captioned, root: str | Path) -> None:
+        self._dataset = dataset
+        self._root = Path(root).expanduser()
+        looked_for = range(min(len(dataset), _LOOKED_FOR))
+        if looked_for and not any(self._file(index) for index in looked_for):
+            raise VarpiError(
+                f"{root}: no caption features for any of the first {len(looked_for)} items (the first would be "
+                f"{self._root / dataset.key(0)}.safetensors or .npy); run `varpi encode captions`, or name another root"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells captions from features, not one directory of features from another."""
+        return hashlib.sha256(f"{self._dataset.fingerprint} with caption features".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        """The item at `index`; its condition is float32 (L, C).
+
+        Raises:
+            BadImage: the image or the file of features cannot be read.
+            Dropped: it has no file of features, or the dataset leaves it out.
+        """
+        path = self._file(index)
+        if path is None:
+            where = self._root / self._dataset.key(index)
+            raise Dropped(f"no caption features at {where}.safetensors or .npy; run `varpi encode captions`")
+        try:
+            features = read_features(path)
+        except VarpiError as error:  # one damaged file among millions is not the end of a run
+            raise BadImage(str(error)) from error
+        return Item(self._dataset[index].image, features)
+
+    def caption(self, index: int) -> str:
+        return self._dataset.caption(index)
+
+    def key(self, index: int) -> str:
+        return self._dataset.key(index)
+
+    def _file(self, index: int) -> Path | None:
+        stem = _below(self._root, self._dataset.key(index))
+        candidates = (Path(f"{stem}.{form}") for form in get_args(Form))
+        return next((path for path in candidates if path.is_file()), None)
+
+
+class EncodeCounts(NamedTuple):
+    """What became of the captions."""
+
+    written: int
+    kept: int
+    """Features that were there already."""
+    dropped: int
+    """Items without a usable caption."""
+
+
+def encode_captions(
+    dataset: Captioned,
+    encoder: TextEncoder,
+    root: str | Path,
+    *,
+    form: Form = "safetensors",
+    batch_size: int = 32,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> EncodeCounts:
+    """Write the features of every caption of `dataset` to `root/key.form`; start again and it goes on.
+
+    Files that are there and readable are kept, damaged ones written anew. `root/encoder.json` records what the
+    features come from.
+
+    Args:
+        form: of the files, see `Form`.
+        batch_size: captions in one pass of the encoder; it becomes `encoder.batch_size`.
+        rank: this process's number in [0, world_size); it encodes the items i with i % world_size == rank.
+        world_size: number of processes that share the work.
+        progress: show a bar on stderr.
+
+    Raises:
+        VarpiError: contradictory arguments, a root that cannot be written or holds the features of another encoder,
+            number of tokens or form, or features that are not finite.
+    """
+    root = Path(root).expanduser()
+    if form not in get_args(Form):
+        raise VarpiError(f"form is {form!r}; it must be one of {', '.join(get_args(Form))}")
+    if batch_size < 1:
+        raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise VarpiError(f"rank is {rank}; it must be in [0, {world_size})")
+    _claim(root, encoder, form)
+    encoder.batch_size = batch_size
+    written = kept = dropped = 0
+    waiting: list[tuple[Path, str]] = []
+    indices = range(rank, len(dataset), world_size)
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        for index in bar.track(indices, description="encoding captions"):
+            path = Path(f"{_below(root, dataset.key(index))}.{form}")
+            if _is_kept(path, encoder.width):
+                kept += 1
+                continue
+            try:
+                waiting.append((path, dataset.caption(index)))
+            except Dropped:
+                dropped += 1
+            if len(waiting) == batch_size:
+                written += _write(waiting, encoder, form)
+                waiting = []
+    written += _write(waiting, encoder, form)
+    return EncodeCounts(written, kept, dropped)
+
+
+def _write(waiting: list[tuple[Path, str]], encoder: TextEncoder, form: Form) -> int:
+    for (path, _), features in zip(waiting, encoder([caption for _, caption in waiting]), strict=True):
+        write_features(path, features, form)
+    return len(waiting)
+
+
+def _is_kept(path: Path, width: int) -> bool:
+    """Whether `path` holds features already."""
+    if not path.is_file():
+        return False
+    try:
+        found = read_features(path).shape[1]
+    except VarpiError:
+        return False
+    if found != width:
+        raise VarpiError(f"{path}: holds features of width {found}, the encoder's is {width}; choose another root")
+    return True
+
+
+def _claim(root: Path, encoder: TextEncoder, form: Form) -> None:
+    """Record whose features `root` holds, or find out that they are another's. Writes, so that trouble shows now."""
+    ours = {"encoder": encoder.source, "width": encoder.width, "max_tokens": encoder.max_tokens, "form": form}
+    path = root / "encoder.json"
+    if path.is_file():
+        try:
+            theirs: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise VarpiError(f"{path}: cannot be read ({line(error)}); remove it, or choose another root") from error
+        for name, value in ours.items():
+            if not isinstance(theirs, dict) or theirs.get(name) != value:
+                found = theirs.get(name) if isinstance(theirs, dict) else theirs
+                raise VarpiError(f"{path}: {name} is {found!r}, here it is {value!r}; choose another root")
+    write_text(path, json.dumps(ours, indent=2) + "\n")
+
+
+def _below(root: Path, key: str) -> Path:
+    """`root/key`. The key comes from names in downloaded files, and must not lead elsewhere."""
+    if Path(key).is_absolute() or ".." in Path(key).parts:
+        raise VarpiError(f"{key!r}: the name of an item must not lead out of the directory of its features")
+    return root / key

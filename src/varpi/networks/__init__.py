@@ -1,0 +1,1 @@
+"""Frozen networks that reward or judge images."""

@@ -1,0 +1,147 @@
+"""A page that compares models by the results that `varpi evaluate` wrote of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from varpi.errors import VarpiError
+from varpi.evaluation import Result, open_reference, read_result
+from varpi.networks.extractors import FeatureExtractor
+from varpi.report import ClassChanges, Embeddings, NamedResult, RunReport, SampleGrid, ScoredImages, write
+from varpi.report.run import costs, environment
+from varpi.samples.reading import SampleSet, open_samples
+from varpi.training import read_metrics
+
+GRID = 40
+"""Images of each model that the page shows side by side."""
+PER_IMAGE = ("clip_score", "hps_v2.1", "hps_v2.0")
+
+
+def read_named(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """ "name=result.json" arguments by name; a name may come several times, once for each sampling seed."""
+    named: dict[str, list[Path]] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or not name.strip() or not path:
+            raise VarpiError(f"{argument}: expected NAME=RESULT.json, a file that `varpi evaluate --json` wrote")
+        named.setdefault(name.strip(), []).append(Path(path))
+    return named
+
+
+def report_comparison(
+    output: Path,
+    named: Mapping[str, Sequence[Path]],
+    *,
+    runs: Mapping[str, Path] | None = None,
+    extractor: FeatureExtractor | None = None,
+    embedded: int = 400,
+    command: str,
+) -> Path:
+    """Write the page `output`: tables, the same samples side by side, changes by class, worst and best, curves, costs.
+
+    named: result files of each model, the base first. runs: training runs, for their curves and costs.
+    extractor: draws densities and a map of `embedded` images of the reference and of each model by its features.
+
+    Raises VarpiError for results that do not compare, and as the parts of the page do.
+    """
+    results = {name: [read_result(path) for path in paths] for name, paths in named.items()}
+    first = {name: found[0] for name, found in results.items()}
+    runs = runs or {}
+    page = RunReport(
+        title=" against ".join(results),
+        paragraph="What was measured, on which samples, against what and by what stands below each table. Samples "
+        "stand side by side in the order in which they were made.",
+        command=command,
+        results=[NamedResult(name, found) for name, found in results.items()],
+        samples=_grids(first),
+        per_class=_changes(first),
+        extremes=_extremes(first),
+        embeddings=_embeddings(first, extractor, embedded) if extractor is not None else None,
+        curves={name: read_metrics(run) for name, run in runs.items()},
+        costs={name: costs(run) for name, run in runs.items()},
+        environment=environment(),
+    )
+    write(output, page)
+    return output
+
+
+def _samples(result: Result) -> SampleSet | None:
+    """The images behind a result, where they still lie there."""
+    source = result.samples.get("source")
+    return open_samples(source) if source is not None and Path(source).exists() else None
+
+
+def _first(samples: SampleSet, count: int) -> torch.Tensor:
+    """The first images, uint8 (n,3,H,W)."""
+    return next(iter(samples.batches([range(min(count, samples.count))]))).images
+
+
+def _grids(results: Mapping[str, Result]) -> list[SampleGrid]:
+    grids = []
+    for name, result in results.items():
+        if (samples := _samples(result)) is None:
+            continue
+        images = _first(samples, GRID).permute(0, 2, 3, 1).numpy()
+        grids.append(SampleGrid(name, images, _asked(samples)[: len(images)] or list(range(len(images)))))
+    return grids
+
+
+def _asked(samples: SampleSet) -> list[Any]:
+    record = samples.sampling or {}
+    return record.get("classes") or record.get("prompts") or []
+
+
+def _changes(results: Mapping[str, Result]) -> list[ClassChanges]:
+    """From the first model to the last, for every metric that both have by class."""
+    base, *_, tuned = results.values() if len(results) > 1 else (None, None)
+    if base is None or tuned is None:
+        return []
+    found = []
+    for metric, before in base.details.items():
+        after = tuned.details.get(metric)
+        if metric in base.metrics and isinstance(before, Mapping) and isinstance(after, Mapping):
+            shared = {name: (before[name], after[name]) for name in before if name in after}
+            if shared:
+                found.append(ClassChanges(metric, shared))
+    return found
+
+
+def _extremes(results: Mapping[str, Result]) -> list[ScoredImages]:
+    """The worst and best samples by every score that is known image by image."""
+    found = []
+    for name, result in results.items():
+        scores = result.details.get("images") if result.kind == "text" else None
+        samples = _samples(result) if scores else None
+        if not scores or samples is None:
+            continue
+        images = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in _all(samples)])
+        for metric in PER_IMAGE:
+            if metric in scores:
+                found.append(ScoredImages(name, images, scores[metric], metric, _asked(samples)))
+    return found
+
+
+def _all(samples: SampleSet, size: int = 256) -> Any:
+    return samples.batches([range(i, min(i + size, samples.count)) for i in range(0, samples.count, size)])
+
+
+def _embeddings(results: Mapping[str, Result], extractor: FeatureExtractor, count: int) -> Embeddings:
+    reference = next(iter(results.values())).reference
+    if reference is None or "source" not in reference:
+        raise VarpiError("embeddings need results that were measured against a reference of images")
+    name, _, split = str(reference["source"]).rstrip("]").partition("[")
+    first = next(iter(results.values()))
+    opened = open_reference(name, split=split or None, image_size=first.samples["image_size"][0])
+    if opened.images is None:
+        raise VarpiError(f"{name}: holds statistics and no images; embeddings need some")
+    sets = {"real": opened.images} | {
+        name: samples for name, result in results.items() if (samples := _samples(result))
+    }
+    features = {}
+    for label, samples in sets.items():
+        parts = _first(samples, count).split(64)
+        features[label] = torch.cat([extractor(part)["pool"].cpu() for part in parts]).numpy()
+    return Embeddings(features, extractor.name)

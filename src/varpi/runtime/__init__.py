@@ -1,0 +1,1 @@
+"""What everything else stands on: files, the Hub, processes, timings, random streams."""

@@ -1,0 +1,36 @@
+"""Sharding a model over the processes of a run by FSDP2 (`fully_shard`), on any device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from varpi.generators import Generator
+from varpi.runtime.processes import World
+
+
+def shard(model: nn.Module, world: World, precision: str) -> None:
+    """Shard a model's parameters over the processes, in place; block by block when it is a generator."""
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    if isinstance(model, Generator):
+        for block in model.blocks:
+            fully_shard(block, **settings)
+    fully_shard(model, **settings)
+    for name in ("logits", "encode", "decode"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+
+
+def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients so that their total norm is at most `limit`; the norm before, a scalar."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

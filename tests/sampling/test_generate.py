@@ -1,0 +1,206 @@
+"""Generation: the cache against teacher forcing, guidance, filters, seeds, and refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from varpi.errors import VarpiError
+from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
+from varpi.sampling.generate import _draw, _scales, filter_logits, generate
+
+
+@pytest.fixture(scope="module")
+def generator() -> LlamaGen:
+    return lively(LlamaGen(LlamaGenConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, grid=4, num_classes=5)))
+
+
+def lively(generator: LlamaGen) -> LlamaGen:
+    """Weights large enough for the condition and the past to matter."""
+    stream = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=stream) / parameter.shape[-1] ** 0.5)
+    return generator.train()
+
+
+CLASSES = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+
+
+def cached_logits(generator: LlamaGen, tokens: Tensor, condition: Any) -> Tensor:
+    cache = generator.new_cache(len(tokens))
+    logits = [generator.prefill(condition, cache)]
+    for position in range(tokens.shape[1] - 1):
+        logits.append(generator.decode_step(tokens[:, position], position, cache))
+    return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_teacher_forcing(generator: LlamaGen) -> None:
+    tokens = torch.randint(24, (3, 16))
+    generator.eval()
+    expected = generator.logits(tokens, CLASSES[:3])
+    torch.testing.assert_close(cached_logits(generator, tokens, CLASSES[:3]), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_teacher_forcing_for_text() -> None:
+    config = LlamaGenConfig(32, 2, 2, vocab_size=24, grid=4, conditioning="text", condition_tokens=6, caption_dim=8)
+    generator = lively(LlamaGen(config)).eval()
+    mask = torch.tensor([[False] * 4 + [True] * 2, [True] * 6])
+    condition = TextCondition(torch.randn(2, 6, 8) * mask[..., None], mask)
+    tokens = torch.randint(24, (2, 16))
+    expected = generator.logits(tokens, condition)
+    torch.testing.assert_close(cached_logits(generator, tokens, condition), expected, atol=1e-5, rtol=0)
+    together = generate(generator, condition, greedy=True, guidance_scale=3.0)
+    apart = [generate(generator, condition[i : i + 1], greedy=True, guidance_scale=3.0) for i in range(2)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+@torch.no_grad()
+def test_greedy_generation_is_the_argmax_of_the_guided_teacher_forced_logits(generator: LlamaGen) -> None:
+    tokens = generate(generator, CLASSES, greedy=True, guidance_scale=2.5)
+    generator.eval()
+    conditional = generator.logits(tokens, CLASSES)
+    null = generator.logits(tokens, torch.full_like(CLASSES, 5))
+    assert torch.equal((null + 2.5 * (conditional - null)).argmax(-1), tokens)
+    assert not torch.equal(conditional.argmax(-1), tokens)
+
+
+def test_the_seed_decides_and_the_batch_size_does_not(generator: LlamaGen) -> None:
+    tokens = generate(generator, CLASSES, seed=3)
+    assert tokens.shape == (7, 16)
+    assert tokens.dtype == torch.int64
+    for batch_size in (1, 2, 7, 100):
+        assert torch.equal(generate(generator, CLASSES, seed=3, batch_size=batch_size), tokens)
+    assert not torch.equal(generate(generator, CLASSES, seed=4), tokens)
+    assert not torch.equal(tokens[0], tokens[5])  # the same class, another image
+
+
+def test_a_seed_leaves_the_global_random_state_alone(generator: LlamaGen) -> None:
+    before = torch.get_rng_state()
+    generate(generator, CLASSES, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(11)
+    tokens = generate(generator, CLASSES)
+    assert not torch.equal(generate(generator, CLASSES), tokens)
+    torch.manual_seed(11)
+    assert torch.equal(generate(generator, CLASSES), tokens)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_and_dropout_stays_out(generator: LlamaGen, training: bool) -> None:
+    generator.train(training)
+    tokens = generate(generator, CLASSES, seed=3)
+    assert generator.training is training
+    assert all(module.training is training for module in generator.modules())
+    generator.train(not training)
+    assert torch.equal(generate(generator, CLASSES, seed=3), tokens)
+    with pytest.raises(VarpiError):
+        generate(generator, torch.tensor([6]))
+    assert generator.training is not training
+
+
+def test_the_tokens_can_be_trained_on(generator: LlamaGen) -> None:
+    tokens = generate(generator, CLASSES[:2], seed=0)
+    generator.logits(tokens, CLASSES[:2]).square().mean().backward()
+    assert generator.token_embedding.weight.grad is not None
+    generator.zero_grad(set_to_none=True)
+
+
+def test_only_guidance_doubles_the_batch(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    new_cache = generator.new_cache
+    monkeypatch.setattr(generator, "new_cache", lambda size: (sizes.append(size), new_cache(size))[1])
+    generate(generator, CLASSES, seed=0, batch_size=3)
+    generate(generator, CLASSES, seed=0, batch_size=3, guidance_scale=0.5)
+    assert sizes == [3, 3, 1] * 2
+    generate(generator, CLASSES, seed=0, batch_size=3, guidance_scale=1.5)
+    assert sizes[6:] == [6, 6, 2]
+
+
+def test_guidance_interval_and_schedule() -> None:
+    assert _scales(6, 4.0, -1, "constant", 2.0) == [4.0] * 6
+    assert _scales(6, 4.0, 0, "constant", 2.0) == [4.0, 4.0, 1, 1, 1, 1]  # the first token, and decoding step 0
+    assert _scales(6, 4.0, 2, "constant", 2.0) == [4.0, 4.0, 4.0, 4.0, 1, 1]
+    assert _scales(5, 3.0, -1, "power-cosine", 1.0) == pytest.approx([3, 1, 1 + (1 - 0.5**0.5), 2, 2 + 0.5**0.5])
+    assert _scales(5, 3.0, 1, "power-cosine", 1.0) == pytest.approx([3, 1, 1 + (1 - 0.5**0.5), 1, 1])
+
+
+def test_filters_worked_by_hand() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    torch.testing.assert_close(filter_logits(logits), torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
+    torch.testing.assert_close(filter_logits(logits, top_k=2), torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, top_k=99), logits.exp())
+    torch.testing.assert_close(filter_logits(logits, top_p=0.6), torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, top_p=0.1), torch.tensor([[1.0, 0, 0, 0]]))
+    squares = torch.tensor([[0.25, 0.0625, 0.0225, 0.01]])
+    torch.testing.assert_close(filter_logits(logits, temperature=0.5), squares / squares.sum())
+
+
+def test_draws_follow_the_distribution_and_never_take_the_impossible() -> None:
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
+    draws = (torch.arange(4096) + 0.5) / 4096
+    drawn = _draw(probabilities.expand(4096, -1), draws)
+    counts = drawn.bincount(minlength=5)
+    assert counts.tolist() == [0, 1229, 0, 2867, 0]
+    for extreme, expected in ((0.0, 1), (1 - 2.0**-24, 3)):
+        assert _draw(probabilities, torch.tensor([extreme])).item() == expected
+
+
+def test_sampled_frequencies_match_the_probabilities(generator: LlamaGen) -> None:
+    classes = torch.zeros(4000, dtype=torch.int64)
+    first = generate(generator, classes, seed=0, temperature=1.3, top_k=10, batch_size=2000)[:, 0]
+    generator.eval()
+    with torch.no_grad():
+        logits = generator.prefill(classes[:1], generator.new_cache(1))
+    expected = filter_logits(logits, temperature=1.3, top_k=10)[0]
+    observed = first.bincount(minlength=24) / 4000
+    assert (observed[expected == 0] == 0).all()
+    assert (observed - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; it must be at least 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_interval": -2}, "guidance_interval is -2"),
+        ({"guidance_schedule": "linear"}, "guidance_schedule is 'linear'; it must be 'constant' or 'power-cosine'"),
+        ({"guidance_power": 0.0}, "guidance_power is 0.0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(generator: LlamaGen, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(VarpiError, match=message):
+        generate(generator, CLASSES, **settings)
+
+
+@pytest.mark.parametrize("ids", [[6], [-1], [0, 9]])
+def test_class_ids_out_of_range_are_refused(generator: LlamaGen, ids: list[int]) -> None:
+    with pytest.raises(VarpiError, match=r"class id -?\d is out of range: this generator knows 0 to 4"):
+        generate(generator, torch.tensor(ids))
+
+
+def test_weights_that_give_nan_are_reported() -> None:
+    generator = lively(LlamaGen(LlamaGenConfig(dim=32, n_layer=1, n_head=2, vocab_size=24, grid=4, num_classes=5)))
+    with torch.no_grad():
+        generator.norm.weight[0] = float("nan")
+    with pytest.raises(VarpiError, match="logits are not finite"):
+        generate(generator, CLASSES, seed=0)
+
+
+def test_progress_goes_to_stderr(generator: LlamaGen, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(generator, CLASSES, seed=0, progress=True)
+    captured = capsys.readouterr()
+    assert "generating" in captured.err
+    assert "100%" in captured.err
+    assert captured.out == ""
+    generate(generator, CLASSES, seed=0)
+    assert capsys.readouterr().err == ""
