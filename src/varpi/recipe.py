@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from varpi.errors import VarpiError
+from varpi.recipes import shipped_recipes
 
 
 def _whole_number(value: Any) -> Any:
@@ -320,12 +321,6 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=False), sort_keys=False)
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package."""
-    folder = importlib.resources.files("varpi.recipes")
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> Recipe:

@@ -1,17 +1,16 @@
-"""What is installed, what this machine has, and what can be run on it."""
+"""`varpi doctor`: what is installed, what this machine has, and what can be run on it."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+from typing import Any
 
-import torch
-
-import varpi
+from varpi import __version__
+from varpi.cli.options import command
 from varpi.errors import VarpiError
-from varpi.networks.perceptual import NETS, cached_trunk
-from varpi.runtime.tensors import embedded
 
 PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
 EXTRAS = {
@@ -23,9 +22,28 @@ EXTRAS = {
 }
 
 
+def add(commands: Any) -> None:
+    command(
+        commands,
+        "doctor",
+        run,
+        "show versions, devices, and what can be run here",
+        "Print what is installed, the devices that torch sees, and which optional parts are present.",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    for what, finding in report():
+        print(f"{what:>22}  {finding}")
+
+
 def report() -> list[tuple[str, str]]:
     """(what, finding) lines, for a person to read or to paste into a question."""
-    lines = [("varpi", varpi.__version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    import torch
+
+    from varpi.networks.perceptual import NETS
+
+    lines = [("varpi", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
     lines += [(name, importlib.metadata.version(name)) for name in PACKAGES]
     for extra, module in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
@@ -49,6 +67,8 @@ def _memory() -> str:
 
 
 def _devices() -> list[tuple[str, str]]:
+    import torch
+
     if not torch.cuda.is_available():
         return [("cuda", "no device: `varpi demo` and the digits recipes run here, full-size training does not")]
     lines = []
@@ -59,6 +79,8 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _embedded(kind: str) -> str:
+    from varpi.runtime.tensors import embedded
+
     try:
         return f"{embedded('digits', kind).stat().st_size / 2**20:.1f} MiB"
     except VarpiError as error:
@@ -66,5 +88,7 @@ def _embedded(kind: str) -> str:
 
 
 def _trunk(net: str) -> str:
+    from varpi.networks.perceptual import cached_trunk
+
     path = cached_trunk(net)
     return str(path) if path.is_file() else f"not at {path}: downloaded at first use, or put it there"

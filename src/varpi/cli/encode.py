@@ -1,0 +1,139 @@
+"""`varpi encode`: images into tokens, captions into features, once for many runs."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from varpi.cli.options import add_device, command
+from varpi.errors import VarpiError
+
+
+def add(commands: Any) -> None:
+    group = command(
+        commands,
+        "encode",
+        None,
+        "turn images into tokens, or captions into features",
+        "Do once what training would do again and again: `varpi encode images` and `varpi encode captions`.",
+    )
+    kinds = group.add_subparsers(dest="kind", required=True, metavar="KIND")
+    parser = command(
+        kinds,
+        "images",
+        _encode_images,
+        "images into tokens",
+        "Encode every image of a data source. Writes a safetensors file: tokens int32 (images, N), indices int64, and\n"
+        "classes int64 where the source has them.",
+    )
+    parser.add_argument(
+        "data", metavar="DATA", help="folder of class folders, HF dataset, parquet, Hub id, or `digits`"
+    )
+    parser.add_argument("--tokenizer", required=True, help="checkpoint, Hub id, or `digits`")
+    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
+    parser.add_argument("--image-size", type=int, required=True, help="pixels per side")
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    add_device(parser)
+    parser.add_argument("--output", required=True, help="the safetensors file to write")
+
+    parser = command(
+        kinds,
+        "captions",
+        _encode_captions,
+        "captions into T5 features",
+        "Encode every caption of a data source for LlamaGen, a file each, in its own layout: OUTPUT/SHARD/SAMPLE.npy\n"
+        "for tar shards, OUTPUT/FILE/LINE.npy for jsonl files, OUTPUT/rows/ROW.npy for tables. Train with them by\n"
+        "--set data.caption_features=OUTPUT. Files that are there already are kept, so an interrupted run goes on;\n"
+        "under torchrun every process encodes its share.",
+    )
+    parser.add_argument("data", metavar="DATA", help="tar shards, jsonl files, HF dataset, parquet, or Hub id")
+    parser.add_argument("--text-encoder", default="google/flan-t5-xl", help="T5 directory or Hub id (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=120, help="a caption's longest (default: %(default)s)")
+    parser.add_argument(
+        "--caption-column", action="append", metavar="NAME", help="in order of preference; may be repeated"
+    )
+    parser.add_argument("--split", default="train", help="default: %(default)s")
+    parser.add_argument(
+        "--format",
+        choices=("npy", "safetensors"),
+        default="npy",
+        help="npy is LlamaGen's, float32; safetensors is bfloat16, half as large (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="captions at once (default: %(default)s)")
+    add_device(parser)
+    parser.add_argument("--output", required=True, help="the folder of the features")
+
+
+def _encode_images(options: argparse.Namespace) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from varpi.data import BadImage, Dropped, open_dataset
+    from varpi.runtime.files import write_aside
+    from varpi.runtime.processes import choose_device
+    from varpi.weights import load_tokenizer
+
+    device = choose_device(options.device)
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if Path(options.output).exists():
+        raise VarpiError(f"{options.output} already exists; choose another --output")
+    dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
+    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)
+    tokens, classes, indices = [], [], []
+    for start in range(0, len(dataset), options.batch_size):
+        images = []
+        for index in range(start, min(start + options.batch_size, len(dataset))):
+            try:
+                item = dataset[index]
+            except (BadImage, Dropped) as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            images.append(item.image)
+            classes.append(item.condition)
+            indices.append(index)
+        if images:
+            tokens.append(tokenizer.encode(torch.stack(images).to(device)).int().cpu())
+    if not tokens:
+        raise VarpiError(f"{options.data}: none of its {len(dataset)} images could be read")
+    tensors = {"tokens": torch.cat(tokens), "indices": torch.tensor(indices)}
+    if dataset.num_classes is not None:
+        tensors["classes"] = torch.tensor(classes)
+    metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
+    write_aside(options.output, lambda aside: save_file(tensors, aside, metadata=metadata))
+    print(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
+
+
+def _encode_captions(options: argparse.Namespace) -> None:
+    from varpi.data import open_dataset
+    from varpi.data.caption_features import encode_captions
+    from varpi.data.text_encoder import TextEncoder
+    from varpi.runtime.processes import choose_device
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(options.device)
+    if device == "cuda" and world_size > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    dataset: Any = open_dataset(
+        options.data, image_size=1, split=options.split, caption_column=options.caption_column, min_side=0
+    )
+    if dataset.num_classes is not None:
+        raise VarpiError(f"{options.data}: it has classes, not captions; try --caption-column")
+    counts = encode_captions(
+        dataset,
+        TextEncoder(options.text_encoder, max_tokens=options.max_tokens, device=device),
+        Path(options.output),
+        form=options.format,
+        batch_size=options.batch_size,
+        rank=rank,
+        world_size=world_size,
+        progress=rank == 0 and sys.stderr.isatty(),
+    )
+    print(
+        f"wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there already, "
+        f"{counts.dropped} of {len(dataset)} rows have no usable caption"
+    )

@@ -1,0 +1,56 @@
+"""`varpi train`: carry out a recipe."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from varpi.cli.options import add_device, command
+from varpi.recipes import shipped_recipes
+
+
+def add(commands: Any) -> None:
+    parser = command(
+        commands,
+        "train",
+        run,
+        "carry out a recipe",
+        "Carry out a recipe: a YAML file, or one that ships with varpi:\n"
+        f"  {', '.join(shipped_recipes())}\n\n"
+        "Under torchrun the model is sharded over all processes:\n"
+        "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=data/imagenet/train",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--output", help="run directory (default: runs/ and the recipe's name)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
+        help="change a value of the recipe, for instance --set optimizer.learning_rate=2e-6; may be repeated",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in the run directory"
+    )
+    add_device(parser)
+    parser.add_argument("--print-recipe", action="store_true", help="print the complete recipe and stop")
+
+
+def run(options: argparse.Namespace) -> None:
+    from varpi.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.settings)
+    if options.print_recipe:
+        print(recipe.to_yaml(), end="")
+        return
+    from varpi.training import train
+
+    run = train(
+        recipe,
+        options.output or Path("runs", Path(options.recipe).stem),
+        resume=options.resume,
+        device=options.device,
+    )
+    if os.environ.get("RANK", "0") == "0" and (run / "model.safetensors").is_file():
+        print(f"wrote {run / 'model.safetensors'}")
