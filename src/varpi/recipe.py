@@ -359,7 +359,7 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise VarpiError("\n".join(f"{where}: {_explain(problem)}" for problem in error.errors())) from None
+        raise VarpiError(*(f"{where}: {_explain(problem)}" for problem in error.errors())) from None
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import command
+from varpi.cli.options import command, say
 
 
 def add(commands: Any) -> None:
@@ -26,4 +26,4 @@ def run(options: argparse.Namespace) -> None:
     from varpi.studies.demo import demo
 
     page = demo(Path(options.output), steps=options.steps, samples=options.samples, seeds=options.seeds)
-    print(f"wrote {page} and {page.with_name('metrics.json')}")
+    say(f"wrote {page} and {page.with_name('metrics.json')}")

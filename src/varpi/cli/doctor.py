@@ -9,7 +9,7 @@ import shutil
 from typing import Any
 
 from varpi import __version__
-from varpi.cli.options import command
+from varpi.cli.options import command, say
 from varpi.errors import VarpiError
 
 PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     for what, finding in report():
-        print(f"{what:>22}  {finding}")
+        say(f"{what:>22}  {finding}")
 
 
 def report() -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command
+from varpi.cli.options import add_device, command, say, warn
 from varpi.errors import VarpiError
 
 
@@ -89,7 +89,7 @@ def _encode_images(options: argparse.Namespace) -> None:
             try:
                 item = dataset[index]
             except (BadImage, Dropped) as error:
-                print(f"skipped: {error}", file=sys.stderr)
+                warn(f"skipped: {error}")
                 continue
             images.append(item.image)
             classes.append(item.condition)
@@ -103,7 +103,7 @@ def _encode_images(options: argparse.Namespace) -> None:
         tensors["classes"] = torch.tensor(classes)
     metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
     write_aside(options.output, lambda aside: save_file(tensors, aside, metadata=metadata))
-    print(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
+    say(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
 
 
 def _encode_captions(options: argparse.Namespace) -> None:
@@ -133,7 +133,7 @@ def _encode_captions(options: argparse.Namespace) -> None:
         world_size=world_size,
         progress=rank == 0 and sys.stderr.isatty(),
     )
-    print(
+    say(
         f"wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there already, "
         f"{counts.dropped} of {len(dataset)} rows have no usable caption"
     )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command, digest, load_pair, recipe_of
+from varpi.cli.options import add_device, command, digest, load_pair, recipe_of, say, warn
 from varpi.cli.sample import add_sampling, sampling_settings, write_samples
 from varpi.errors import VarpiError
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     if result is None:  # another process has it
         return
     for name, value in result.metrics.items():
-        print(f"{name:>24}  {value:.6g}")
+        say(f"{name:>24}  {value:.6g}")
     sampling = result.sampling or {}
     shown = {
         name: value for name, value in sampling.items() if name not in ("classes", "prompts") and value is not None
@@ -95,9 +95,9 @@ def run(options: argparse.Namespace) -> None:
     about = {"samples": result.samples, "sampling": shown, "reference": result.reference, "evaluator": result.evaluator}
     for what, fields in about.items():
         if fields:
-            print(f"{what:>24}  " + ", ".join(f"{key} {value}" for key, value in fields.items()))
+            say(f"{what:>24}  " + ", ".join(f"{key} {value}" for key, value in fields.items()))
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
     if options.json:
         write_result(Path(options.json), result)
 
@@ -205,7 +205,7 @@ def _samples_of_run(options: argparse.Namespace, run: Path, world: Any) -> Path:
     folder = judging.samples_folder(run, {**settings, **sampling_settings(options)})
     if (world is None or world.is_main) and not (folder / "sample.json").is_file():
         write_samples(options, folder)
-        print(f"wrote samples to {folder}", file=sys.stderr)
+        warn(f"wrote samples to {folder}")
     if world is not None:
         world.barrier()
     return folder

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import command
+from varpi.cli.options import command, say
 from varpi.errors import VarpiError
 
 
@@ -30,4 +30,4 @@ def run(options: argparse.Namespace) -> None:
         raise VarpiError(f"{options.output} already exists; choose another --output")
     model = load_tokenizer(options.checkpoint) if options.tokenizer else load_generator(options.checkpoint)
     export_original(model, options.output)
-    print(f"wrote {options.output}")
+    say(f"wrote {options.output}")

@@ -5,32 +5,47 @@ Each command is a file beside this one: `add` describes it, `run` carries it out
 
 import argparse
 import logging
+import os
+import platform
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 
 from varpi import __version__
 from varpi.cli import demo, doctor, encode, evaluate, export, report, sample, train
-from varpi.errors import VarpiError
+from varpi.errors import Stopped, VarpiError, printable
 
 COMMANDS = (demo, train, sample, evaluate, encode, export, report, doctor)
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+LESS_MEMORY = {
+    "train": "set training.micro_batch lower (and method.reward.decode_batch, if there is one), or "
+    "training.gradient_checkpointing: true",
+    "report": "set --samples lower",
+    "demo": "set --samples lower",
+    "export": "use a machine with more memory, or close what else uses it",
+    "doctor": "close what else uses it",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it did what was asked, 2 for input that is refused."""
+    """Run a command.
+
+    Returns 0 when it did what was asked, 1 for a bug of varpi's own, 2 for what is refused or cannot be done here,
+    and 128 plus the signal's number for a run that was stopped, as shells do: 130 for SIGINT, 143 for SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         options.run(options)
-    except VarpiError as error:
-        print(f"varpi {options.command}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, or a place that may not be read or written
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"varpi {options.command}: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"varpi {options.command}: interrupted", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        code, lines = _explain(error, options.command, arguments)
+        print(f"varpi {options.command}: " + "\n".join(map(printable, lines)), file=sys.stderr)
+        return code
     return 0
 
 
@@ -45,3 +60,50 @@ def make_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+def _explain(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[int, Sequence[object]]:
+    """The exit code and the lines to print."""
+    match error:
+        case VarpiError():
+            return 2, error.args
+        case Stopped():
+            return 128 + error.signal, [error]
+        case KeyboardInterrupt():
+            return 130, ["interrupted"]
+        case MemoryError() | OSError() | RuntimeError() if _lacks_memory(error):
+            advice = LESS_MEMORY.get(command, "set --batch-size lower")
+            return 2, [f"out of memory; {advice} ({_short(error)})"]
+        case OSError():  # a full disk, or a place that may not be read or written
+            where = f"{error.filename}: " if error.filename else ""
+            return 2, [f"{where}{error.strerror or error}"]
+    return 1, [f"a bug in varpi ({_short(error)}); {_write_trace(error, arguments)}"]
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def _short(error: BaseException) -> str:
+    """The error's type and the beginning of its message, on one line."""
+    text = " ".join(str(error)[:1000].split())
+    return f"{type(error).__name__}: {text[:160]}{'…' if len(text) > 160 else ''}".removesuffix(": ")
+
+
+def _write_trace(error: BaseException, arguments: Sequence[str]) -> str:
+    """Put the whole trace where it can be attached to a report; says where."""
+    about = f"varpi {__version__}, python {platform.python_version()} on {platform.platform()}"
+    trace = "".join(traceback.format_exception(error))
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="varpi-bug-", suffix=".txt")
+        with os.fdopen(descriptor, "w", errors="backslashreplace") as file:
+            file.write(f"varpi {shlex.join(arguments)}\n{about}\n\n{trace}")
+    except OSError:
+        sys.stderr.write(trace)
+        return "the trace is above; please report it"
+    return f"please report it with the trace in {name}"
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -1,10 +1,11 @@
 """What several commands share: devices, and the pair of a generator and its tokenizer."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.errors import VarpiError
+from varpi.errors import VarpiError, printable
 
 
 def command(commands: Any, name: str, run: Any, short: str, long: str) -> argparse.ArgumentParser:
@@ -15,6 +16,16 @@ def command(commands: Any, name: str, run: Any, short: str, long: str) -> argpar
     if run is not None:
         parser.set_defaults(run=run)
     return parser
+
+
+def say(message: str) -> None:
+    """Print a result, on a line."""
+    print(printable(message))
+
+
+def warn(message: str) -> None:
+    """Print to stderr what is no result, on a line."""
+    print(printable(message), file=sys.stderr)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

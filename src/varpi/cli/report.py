@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command
+from varpi.cli.options import add_device, command, say
 from varpi.errors import VarpiError
 
 
@@ -61,4 +61,4 @@ def run(options: argparse.Namespace) -> None:
             extractor=extractor,
             command="varpi " + shlex.join(sys.argv[1:]),
         )
-    print(f"wrote {page}")
+    say(f"wrote {page}")

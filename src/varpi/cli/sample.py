@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_pair, command, digest, load_pair
+from varpi.cli.options import add_pair, command, digest, load_pair, say
 from varpi.errors import VarpiError
 
 
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     output = _fresh_directory(options.output)
     count = write_samples(options, output)
-    print(f"wrote {count} images to {output}")
+    say(f"wrote {count} images to {output}")
 
 
 def add_sampling(parser: Any, *, required: bool) -> None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command
+from varpi.cli.options import add_device, command, say
 from varpi.recipes import shipped_recipes
 
 
@@ -53,4 +53,4 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
     )
     if os.environ.get("RANK", "0") == "0" and (run / "model.safetensors").is_file():
-        print(f"wrote {run / 'model.safetensors'}")
+        say(f"wrote {run / 'model.safetensors'}")
