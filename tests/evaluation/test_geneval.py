@@ -214,7 +214,7 @@ def test_writing_refuses(root: Path, tmp_path: Path) -> None:
 
 def break_image(root: Path) -> None:
     path = root / "00001" / "samples" / "0002.png"
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[:-60])
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def break_image(root: Path) -> None:
             lambda root: (root / "00001" / "samples" / "0002.png").rename(root / "x"),
             "holds 3 images where 00000 holds 4",
         ),
-        (lambda root: (root / "00001" / "samples" / "0002.png").write_bytes(b"x"), "0002.png: cannot be read as an im"),
-        (break_image, "0002.png: cannot be read as an image"),
+        (lambda root: (root / "00001" / "samples" / "0002.png").write_bytes(b"x"), "0002.png: unreadable image"),
+        (break_image, "0002.png: unreadable image"),
     ],
 )
 def test_reading_refuses(spoil: Callable[[Path], object], message: str, root: Path) -> None:

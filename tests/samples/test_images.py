@@ -14,12 +14,9 @@ from varpi.errors import VarpiError
 from varpi.samples.images import (
     NpzWriter,
     make_grid,
-    read_folder,
-    read_npz,
     resize_384_to_256,
     save_grid,
     save_npz,
-    save_png,
 )
 
 
@@ -61,21 +58,7 @@ def test_npz_holds_the_images_as_adm_reads_them(tmp_path):
     with np.load(tmp_path / "deep" / "samples.npz") as file:
         assert file.files == ["arr_0"]
         np.testing.assert_array_equal(file["arr_0"], images)
-    np.testing.assert_array_equal(read_npz(tmp_path / "deep" / "samples.npz"), images)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["samples.npz"]
-
-
-def test_folder_of_png_in_the_order_of_names(tmp_path):
-    images = pictures(12)
-    for i in reversed(range(12)):
-        save_png(tmp_path / f"{i:06d}.png", images[i])
-    (tmp_path / "notes.txt").write_text("not an image")
-    np.testing.assert_array_equal(read_folder(tmp_path), images)
-
-
-def test_folder_converts_other_modes(tmp_path):
-    Image.new("L", (4, 4), 7).save(tmp_path / "gray.png")
-    assert read_folder(tmp_path)[0, 0, 0].tolist() == [7, 7, 7]
 
 
 def test_grid_places_images_row_by_row(tmp_path):
@@ -99,7 +82,7 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(VarpiError, match=r"samples\.npz: could not be written \(.*No space left on device\)"):
         save_npz(tmp_path / "samples.npz", pictures(3))
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
-    assert len(read_npz(tmp_path / "samples.npz")) == 2
+    assert len(np.load(tmp_path / "samples.npz")["arr_0"]) == 2
 
 
 def test_bad_tensors():
@@ -117,37 +100,13 @@ def test_bad_tensors():
         make_grid(pictures(), 0)
 
 
-def test_bad_files(tmp_path):
-    with pytest.raises(VarpiError, match=r"missing\.npz: cannot be read"):
-        read_npz(tmp_path / "missing.npz")
-    np.savez(tmp_path / "other.npz", images=pictures())
-    with pytest.raises(VarpiError, match=r"no array named arr_0 \(found: images\)"):
-        read_npz(tmp_path / "other.npz")
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3)))
-    with pytest.raises(VarpiError, match=r"arr_0: expected uint8 .* got float64"):
-        read_npz(tmp_path / "float.npz")
-    save_npz(tmp_path / "cut.npz", pictures())
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:300])
-    with pytest.raises(VarpiError, match=r"cut\.npz: cannot be read"):
-        read_npz(tmp_path / "cut.npz")
-    with pytest.raises(VarpiError, match="holds no images"):
-        read_folder(tmp_path)
-    save_png(tmp_path / "images" / "a.png", pictures(1, 6)[0])
-    save_png(tmp_path / "images" / "b.png", pictures(1, 8)[0])
-    with pytest.raises(VarpiError, match=r"b\.png: is 8x8 where a\.png is 6x6"):
-        read_folder(tmp_path / "images")
-    (tmp_path / "images" / "b.png").write_bytes(b"\x89PNG nonsense")
-    with pytest.raises(VarpiError, match=r"b\.png: cannot be read as an image"):
-        read_folder(tmp_path / "images")
-
-
 def test_npz_in_parts_is_the_npz_of_the_whole(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(256, size=(5, 4, 6, 3), dtype=np.uint8)
     with NpzWriter(tmp_path / "parts.npz", images.shape) as writer:
         writer.write(images[:2])
         writer.write(images[2:])
     assert np.array_equal(np.load(tmp_path / "parts.npz")["arr_0"], images)
-    assert np.array_equal(read_npz(tmp_path / "parts.npz"), images)
+    assert np.array_equal(np.load(tmp_path / "parts.npz")["arr_0"], images)
     assert [path.name for path in tmp_path.iterdir()] == ["parts.npz"]
 
 

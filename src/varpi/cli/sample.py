@@ -98,8 +98,8 @@ def write_samples(options: argparse.Namespace, output: Path) -> int:
 
 def _write_geneval(options: argparse.Namespace, output: Path) -> None:
     import numpy as np
-    from PIL import Image
 
+    from varpi.data.images import decode
     from varpi.data.prompts import read_geneval_metadata
     from varpi.evaluation.geneval import write_geneval_folder
 
@@ -110,7 +110,7 @@ def _write_geneval(options: argparse.Namespace, output: Path) -> None:
         [output / f"{prompt * options.per_prompt + i:05d}.png" for i in range(options.per_prompt)]
         for prompt in range(len(metadata))
     ]
-    images = (np.stack([np.asarray(Image.open(file).convert("RGB")) for file in group]) for group in files)
+    images = (np.stack([np.asarray(decode(file, str(file))) for file in group]) for group in files)
     write_geneval_folder(output / "geneval", metadata, images)
     shutil.copyfile(output / "sample.json", output / "geneval" / "sample.json")
 

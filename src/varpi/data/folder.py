@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import make_dataset
 
 from varpi.data.dataset import Item
+from varpi.data.images import SUFFIXES, has_image_suffix
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 
@@ -34,7 +35,7 @@ class ImageFolder:
         ids = {name: number for number, name in enumerate(self.class_names)}
         samples = make_dataset(str(self._root), ids, is_valid_file=is_image, allow_empty=True)
         if not samples:
-            raise VarpiError(f"{self._root}: no images in its class folders; known are {' '.join(IMG_EXTENSIONS)}")
+            raise VarpiError(f"{self._root}: no images in its class folders; known are {' '.join(SUFFIXES)}")
         # One array each: worker processes share its pages, which a list of a million tuples would not allow
         self._paths = np.array([os.fsencode(os.path.relpath(path, self._root)) for path, _ in samples])
         self._labels = np.array([label for _, label in samples], dtype=np.int64)
@@ -90,4 +91,4 @@ def folders(directory: Path) -> list[str]:
 
 
 def is_image(path: str) -> bool:
-    return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
+    return has_image_suffix(path) and not os.path.basename(path).startswith(".")

@@ -18,16 +18,16 @@ import numpy as np
 
 from varpi.data.captions import CAPTION_FIELDS
 from varpi.data.dataset import BadImage, Dropped, Item
+from varpi.data.images import SUFFIXES
 from varpi.data.jsonl import check_names, find_caption, find_twins, parse_record, shown
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 from varpi.runtime.files import line
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
-_KINDS = {suffix: "image" for suffix in IMAGE_SUFFIXES} | {"json": "json", "txt": "txt"}
+_KINDS = {suffix: "image" for suffix in SUFFIXES} | {".json": "json", ".txt": "txt"}
 # Where each part of a sample begins in the shard, in bytes, and its length; both 0 for a part that is not there
 _PLACES = [(f"{kind}_{field}", np.int64) for kind in ("image", "json", "txt") for field in ("start", "size")]
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<suffix>[^/]*)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)(?P<suffix>\.[^/]*)", re.DOTALL)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _OPEN_FILES = 256
 
@@ -73,7 +73,7 @@ class TarShards:
         self._twins = find_twins(self._paths)
         self._handle = lru_cache(_OPEN_FILES)(_Handle)
         if len(self) == 0:
-            raise VarpiError(f"{shown(self._paths)}: no images in the tar shards; known are {' '.join(IMAGE_SUFFIXES)}")
+            raise VarpiError(f"{shown(self._paths)}: no images in the tar shards; known are {' '.join(SUFFIXES)}")
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

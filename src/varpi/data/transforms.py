@@ -1,6 +1,5 @@
-"""From an encoded image to a tensor: decoding, the ADM centre crop, scaling to [-1, 1]."""
+"""From a decoded image to a tensor: the ADM centre crop, scaling to [-1, 1]."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,56 +7,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varpi.data.dataset import BadImage, Dropped
+from varpi.data.dataset import BadImage
+from varpi.data.images import decode
 
 # A strip of 1x10000 pixels is a file gone wrong, and would swell to gigabytes when its short side is scaled up.
 _MAX_ASPECT_RATIO = 100
 
 
 def load_image(source: Path | bytes, name: str, image_size: int, *, min_side: int = 0) -> Tensor:
-    """Decode one image, of whatever color mode, and crop it to float32 (3, image_size, image_size) in [-1, 1].
-
-    Args:
-        source: a file, or the bytes of one.
-        name: what to call it in an error.
-        image_size: side of the result in pixels.
-        min_side: the shorter side that an image must have at least, in pixels.
+    """Decode one image, as `decode` does, and crop it to float32 (3, image_size, image_size) in [-1, 1].
 
     Raises:
-        Dropped: the image is smaller; its header says so, and nothing is decoded.
-        BadImage: the file is missing, truncated or no image, or longer than wide beyond all use.
+        Dropped, BadImage: as `decode`, and for an image longer than wide beyond all use.
     """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            if min(opened.size) < min_side:
-                raise Dropped(f"{name}: {opened.width}x{opened.height} pixels; the shorter side must have {min_side}")
-            image = to_rgb(opened)
-    except Dropped:
-        raise
-    except Exception as error:  # decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error, …
-        reason = str(error) or type(error).__name__
-        # Pillow puts the address of the buffer into this message
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason.splitlines()[0]
-        raise BadImage(f"{name}: unreadable image ({reason})") from error
+    image = decode(source, name, min_side=min_side)
     if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         raise BadImage(f"{name}: {image.width}x{image.height} pixels are too narrow for a square crop")
     return to_tensor(center_crop(image, image_size))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Grayscale (8 or 16 bits), palette, CMYK, RGBA, … to RGB. Alpha is dropped, as in the original loaders.
-
-    Raises:
-        ValueError: a mode whose range is unknown (floating-point TIFF).
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255, which leaves a white image
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((wide >> 8).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns about palettes with transparency otherwise
-    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

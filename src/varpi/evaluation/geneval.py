@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from varpi.data.images import decode
 from varpi.data.prompts import GENEVAL_COLORS, read_geneval_metadata
 from varpi.errors import VarpiError
 from varpi.evaluation.result import Result
@@ -167,11 +167,7 @@ def folder_images(folder: Path) -> list[Path]:
     if not images:
         raise VarpiError(f"{folder}: holds no images; expected samples/0000.png and so on")
     for path in images:
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except (OSError, ValueError, SyntaxError) as error:
-            raise VarpiError(f"{path}: cannot be read as an image ({error})") from error
+        decode(path, str(path))
     return sorted(images, key=lambda path: (int(path.stem), path.stem))
 
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional
 
+from varpi.data.images import decode
 from varpi.data.prompts import GENEVAL_COLORS
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, write_text
@@ -162,8 +163,7 @@ def detect(
 
 
 def _look(path: Path, detector: Detector, colorist: Colorist | None, asked: set[str]) -> Found:
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = decode(path, str(path))
     boxes, masks = detector(image)
     colors: dict[str, list[str | None]] = {name: [] for name in sorted(asked)}
     for name in asked & boxes.keys():

@@ -1,10 +1,13 @@
-"""Writing files so that a failure harms nothing: aside, flushed, renamed."""
+"""Writing files so that a failure harms nothing: aside, flushed, renamed. Reading them so that nothing hangs."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -45,6 +48,19 @@ def write_aside(path: str | os.PathLike[str], write: Callable[[Path], object], *
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace a text file by way of `write_aside`."""
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading; a pipe or a device would block, or have no end.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK, to open may itself block
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(number, "rb")
 
 
 def line(error: BaseException) -> str:

@@ -19,8 +19,6 @@ from varpi.data.pixels import check_bytes
 from varpi.errors import VarpiError
 from varpi.runtime.files import write_aside
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 def resize_384_to_256(images: torch.Tensor) -> torch.Tensor:
     """Bring images (B,3,384,384) to float32 (B,3,256,256) as the paper does before its ImageNet evaluation.
@@ -96,47 +94,6 @@ def save_npz(path: str | os.PathLike[str], images: np.ndarray) -> None:
     """Write uint8 images (B,H,W,3) as the array `arr_0` of an `.npz` file, which the ADM evaluator reads."""
     check_bytes(images, "images")
     write_aside(path, lambda aside: _save_array(aside, images))
-
-
-def read_npz(path: str | os.PathLike[str]) -> np.ndarray:
-    """The uint8 images (B,H,W,3) of an ADM-style `.npz`. Raises VarpiError for an unreadable file or other content."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file) if isinstance(file, np.lib.npyio.NpzFile) else []
-            if "arr_0" not in names:
-                raise VarpiError(f"{path}: holds no array named arr_0 (found: {', '.join(names) or 'none'})")
-            images = file["arr_0"]
-    except VarpiError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise VarpiError(f"{path}: cannot be read as .npz ({error})") from error
-    check_bytes(images, f"{path}: arr_0")
-    return images
-
-
-def read_folder(path: str | os.PathLike[str]) -> np.ndarray:
-    """All images under a directory, ordered by path, as uint8 (B,H,W,3).
-
-    Raises VarpiError for no images, an unreadable one, or images of different sizes.
-    """
-    files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise VarpiError(f"{path}: holds no images ({', '.join(SUFFIXES)})")
-    images: np.ndarray | None = None
-    for i, file in enumerate(files):
-        try:
-            with Image.open(file) as opened:
-                pixels = np.asarray(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise VarpiError(f"{file}: cannot be read as an image ({error})") from error
-        if images is None:
-            images = np.empty((len(files), *pixels.shape), dtype=np.uint8)
-        if pixels.shape != images.shape[1:]:
-            size, expected = f"{pixels.shape[1]}x{pixels.shape[0]}", f"{images.shape[2]}x{images.shape[1]}"
-            raise VarpiError(f"{file}: is {size} where {files[0].name} is {expected}; an evaluation needs one size")
-        images[i] = pixels
-    assert images is not None
-    return images
 
 
 def _save_array(path: Path, images: np.ndarray) -> None:

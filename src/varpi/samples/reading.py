@@ -22,15 +22,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from varpi.data import Dataset
+from varpi.data.images import SUFFIXES, decode, has_image_suffix
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.runtime.files import line
-from varpi.samples.images import SUFFIXES
 
 Source = str | os.PathLike[str]
 
@@ -202,7 +201,7 @@ class FolderImages(_MappedImages):
         self.count = len(self._files)
         if not self._files:
             raise VarpiError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
-        self.height, self.width = _decode(self._files[0]).shape[:2]
+        self.width, self.height = decode(self._files[0], str(self._files[0])).size
 
     @property
     def key(self) -> str:
@@ -210,7 +209,7 @@ class FolderImages(_MappedImages):
 
     def load(self, index: int) -> np.ndarray:
         file = self._files[index]
-        pixels = _decode(file)
+        pixels = np.asarray(decode(file, str(file)))
         if pixels.shape != (self.height, self.width, 3):
             raise _other_size(file, (1, *pixels.shape), self._files[0], (1, self.height, self.width, 3))
         return pixels
@@ -278,7 +277,7 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and file.name != "grid.png" and not file.name.startswith(".")
+        if has_image_suffix(file.name) and file.name != "grid.png" and not file.name.startswith(".")
     )
 
 
@@ -334,14 +333,6 @@ def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(member)
-
-
-def _decode(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VarpiError(f"{file}: cannot be read as an image ({line(error)})") from error
 
 
 def _other_size(path: Path, shape: Sequence[int], first: Path, expected: Sequence[int]) -> VarpiError:
