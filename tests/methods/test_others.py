@@ -12,12 +12,11 @@ from varpi.data import Batches, open_dataset
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGenConfig
 from varpi.methods import Method, build_method
-from varpi.methods.va_pi import CONDITION_DROP
 from varpi.networks.classifier import load_classifier
 from varpi.networks.convnet import SmallConvNet
 from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.tokenizers import VQConfig
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
@@ -50,7 +49,7 @@ def test_next_token_is_cross_entropy_by_hand(pair: Path) -> None:
     method: Any = build(recipe)
     batch = batches(recipe).at(2)
     targets = method.tokenizer.encode(batch.images)
-    drop = uniforms(recipe.seed, 2, batch.positions, (), stream=CONDITION_DROP) < 0.5
+    drop = uniforms(recipe.seed, 2, batch.positions, (), stream=Stream.CONDITION_DROP) < 0.5
     assert 0 < drop.sum() < 8
     condition = torch.where(drop, tiny.GENERATOR.num_classes, batch.condition)
     with torch.no_grad():

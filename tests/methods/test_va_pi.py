@@ -24,6 +24,7 @@ from varpi.methods.va_pi import Rollout, VaPi
 from varpi.recipe import Recipe, Reward
 from varpi.recipe import VaPi as Settings
 from varpi.runtime.processes import World
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.training.loop import Trainer, make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_generator
@@ -258,6 +259,60 @@ def test_later_updates_keep_the_first_log_probabilities(pair: Path, monkeypatch:
     assert "reward_mean" not in second
 
 
+# -- settings and modes that must arrive
+
+
+def test_the_clips_of_the_recipe_are_the_clips_of_the_loss(pair: Path) -> None:
+    recipe = tiny.recipe(
+        pair, "method.policy_mode=eval", "method.advantage_clip=0.25", "method.clip_range=0.05", "method.prior_weight=0"
+    )
+    method = build(recipe)
+    batch = batches(recipe).at(0)
+    rollout = method.loss(batch, 0).rollout
+    rewards = objective.score_samples(
+        method.tokenizer.decode, rollout.samples, batch.images, objective.RewardWeights(perceptual=0)
+    )
+    free = objective.group_advantages(rewards.total, clip=100)
+    assert free.abs().max() > 1
+    torch.testing.assert_close(rollout.advantages, free.clamp(-0.25, 0.25), atol=1e-4, rtol=0)
+
+    old = rollout.old_log_probs + 0.1 * torch.randn(rollout.old_log_probs.shape)
+    outcome = method.loss(batch, 0, dataclasses.replace(rollout, old_log_probs=old))
+    ratio = (rollout.old_log_probs - old).exp()
+    advantages = rollout.advantages[..., None]
+    expected = -torch.minimum(advantages * ratio, advantages * ratio.clamp(0.95, 1.05)).mean()
+    torch.testing.assert_close(outcome.loss, expected, atol=1e-7, rtol=1e-4)
+    assert outcome.metrics["clip_fraction"].item() == pytest.approx(((ratio - 1).abs() > 0.05).float().mean().item())
+    assert 0.2 < outcome.metrics["clip_fraction"] < 0.8
+
+
+def test_the_reference_has_no_dropout(pair: Path) -> None:
+    """Its log-probabilities are those of eval mode, also when the policy trains with dropout."""
+    recipe = tiny.recipe(pair, "method.prior=kl", "method.policy_mode=train", "generator.dropout=0.5")
+    method = build(recipe)
+    assert method.reference is not None
+    rollout = method.loss(batches(recipe).at(0), 0).rollout
+    with torch.no_grad():
+        logits = load_generator(pair / "generator.safetensors").eval().logits(rollout.context, rollout.condition)
+    expected = objective.token_log_probs(logits, rollout.samples)
+    torch.testing.assert_close(rollout.reference_log_probs, expected, atol=1e-5, rtol=0)
+
+
+def test_validation_has_no_dropout_and_no_noise(pair: Path) -> None:
+    """After a step in train mode, too."""
+    recipe = tiny.recipe(pair, "generator.dropout=0.5", "method.context_noise=0.5", "method.condition_drop=0.5")
+    method = build(recipe)
+    batch = batches(recipe).at(0)
+    method.loss(batch, 0)
+    assert method.model.training
+    with torch.no_grad():
+        loss = method.validation_loss(batch)
+        targets = method.tokenizer.encode(batch.images)
+        logits = load_generator(pair / "generator.safetensors").eval().logits(targets, batch.condition)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+
+
 # -- what a weight of 0 leaves out
 
 
@@ -385,6 +440,26 @@ def test_draws_belong_to_the_image(pair: Path) -> None:
     for other in (other_step, method.loss(batch, 3).rollout):
         assert not torch.equal(other.context, whole.context)
         assert not torch.equal(other.samples, whole.samples)
+
+
+def test_every_draw_has_a_stream_of_its_own(pair: Path) -> None:
+    """Noise, samples and dropped conditions are what the table of streams says, and none is another's."""
+    recipe = tiny.recipe(pair, "method.policy_mode=eval", "method.condition_drop=0.5", "method.context_noise=0.5")
+    method = build(recipe)
+    batch = batches(recipe).at(3)
+    rollout = method.loss(batch, 3).rollout
+
+    def draws(*shape: int, stream: Stream) -> Tensor:
+        return uniforms(recipe.seed, 3, batch.positions, shape, stream=stream)
+
+    noise = draws(16, 2, stream=Stream.CONTEXT_NOISE)
+    assert torch.equal(rollout.context, objective.corrupt(rollout.targets, 0.5, 32, uniforms=noise))
+    with torch.no_grad():
+        logits = method.model.logits(rollout.context, rollout.condition)
+    samples = objective.sample_tokens(logits, 4, uniforms=draws(4, 16, stream=Stream.SAMPLES))
+    assert torch.equal(rollout.samples, samples)
+    dropped = draws(stream=Stream.CONDITION_DROP) < 0.5
+    assert torch.equal(rollout.condition == tiny.GENERATOR.num_classes, dropped)
 
 
 def test_released_noise_may_leave_a_token_as_it_is(pair: Path) -> None:

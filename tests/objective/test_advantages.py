@@ -37,6 +37,39 @@ def test_equal_rewards_give_exact_zeros(value: float, group_size: int):
     assert (group_advantages(torch.full((3, group_size), value)) == 0).all()
 
 
+def test_rewards_within_rounding_are_equal():
+    """Differences of 3e-7, left by decoding in batches of other sizes, once became advantages of 2.2."""
+    rewards = torch.full((4, 8), -0.5)
+    rewards[0, 0] += 3e-7
+    rewards[1, 3] -= 7e-6  # 0.92 of SAME * 0.5
+    rewards[2, 3] -= 8e-6  # 1.05 of it: a difference
+    rewards[3, 3] = 0.5
+    advantages = group_advantages(rewards)
+    assert (advantages[:2] == 0).all()
+    # One of eight that differs: its distance from the mean is 7/8, the deviation 1/√8 of the difference.
+    expected = torch.full((2, 8), 1 / math.sqrt(8))
+    expected[:, 3] = -7 / math.sqrt(8)
+    expected[1] *= -1
+    assert torch.allclose(advantages[2:], expected, atol=9e-3)  # eps 1e-8 against a deviation of 2.8e-6
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e12])
+def test_what_counts_as_equal_grows_with_the_rewards(scale: float):
+    rewards = scale * torch.tensor([[1.0, 1.0, 1.0 + 1e-5], [1.0, 1.0, 1.0 + 2e-5]])
+    first, second = group_advantages(rewards, eps=0)
+    assert (first == 0).all()
+    assert second[2].item() == pytest.approx(2 / math.sqrt(3), rel=0.02)
+
+
+def test_float64_sums():
+    """Far from 0 the mean of a group is no float32 number: there the result would be off by 4e-4."""
+    advantages = group_advantages(torch.tensor([[4096.0, 4096.25, 4096.75]]))
+    # Mean 1/3 above the first; deviations -4/12, -1/12, 5/12; variance (16 + 1 + 25) / 144 / 2 = 21 / 144.
+    expected = torch.tensor([[-4.0, -1.0, 5.0]]) / math.sqrt(21)
+    assert torch.allclose(advantages, expected, atol=1e-6, rtol=0)
+    assert advantages.dtype == torch.float32
+
+
 def test_groups_do_not_influence_each_other():
     rewards = torch.randn(5, 8)
     assert torch.equal(group_advantages(rewards)[2:3], group_advantages(rewards[2:3]))

@@ -6,7 +6,7 @@ from scipy import stats
 
 from varpi.errors import VarpiError
 from varpi.objective import sample_tokens
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, uniforms
 
 ALMOST_ONE = 1 - 2.0**-24
 
@@ -57,10 +57,10 @@ def test_one_possible_token_is_always_drawn():
 
 def test_micro_batches_draw_what_the_whole_batch_draws():
     logits = torch.randn(6, 5, 32)
-    draws = uniforms(0, 1, range(6), (4, 5), stream=1)
+    draws = uniforms(0, 1, range(6), (4, 5), stream=Stream.SAMPLES)
     whole = sample_tokens(logits, 4, uniforms=draws)
     parts = [
-        sample_tokens(logits[i : i + 2], 4, uniforms=uniforms(0, 1, range(i, i + 2), (4, 5), stream=1))
+        sample_tokens(logits[i : i + 2], 4, uniforms=uniforms(0, 1, range(i, i + 2), (4, 5), stream=Stream.SAMPLES))
         for i in (0, 2, 4)
     ]
     assert torch.equal(torch.cat(parts), whole)

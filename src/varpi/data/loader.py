@@ -12,22 +12,19 @@ import signal
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from multiprocessing.util import Finalize
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from varpi.data.dataset import BadImage, Dataset, Dropped, Item
 from varpi.errors import VarpiError
+from varpi.runtime.randomness import Stream, permutation, words
 
 logger = logging.getLogger(__name__)
 
-# Separate streams of one counter-based generator; the last two are the streamed data's
-_PERMUTATION, _SUBSTITUTE, FILES, BUFFER = 0, 1, 2, 3
 # Items tried for one place. Past this, nearly nothing can be used.
 _MAX_ATTEMPTS = 32
 # No verdict on the share of unreadable images before this many were opened
@@ -278,9 +275,9 @@ class _StepLoader(torch.utils.data.Dataset[_Loaded]):
         """Dataset index for a place in the global batch; attempt 0 is the permutation's own."""
         size = len(self._dataset)
         if attempt > 0:
-            return int(draw(self._seed, _SUBSTITUTE, (step, position, attempt), 1)[0] % size)
+            return int(words(self._seed, Stream.SUBSTITUTE, (step, position, attempt), 1)[0] % size)
         epoch, offset = divmod(step * self._batch_size + position, size)
-        return int(permutation(self._seed, _PERMUTATION, epoch, size)[offset])
+        return int(permutation(self._seed, Stream.PERMUTATION, epoch, size)[offset])
 
 
 class _StepsFrom(Sampler[int]):
@@ -289,19 +286,6 @@ class _StepsFrom(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self._step)
-
-
-@lru_cache(maxsize=4)
-def permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
-    """int64 (size,). A sort of raw draws: numpy keeps those the same for ever, but not its own permutations."""
-    return np.argsort(draw(seed, stream, (epoch, 0, 0), size), kind="stable")
-
-
-def draw(seed: int, stream: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
-    """uint64 (count,) from the counter-based generator Philox."""
-    words = np.array([0, *counter], dtype=np.uint64)  # the lowest word counts up within one call
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=words).random_raw(count)
 
 
 def _leave_signals_to_parent(_worker: int) -> None:

@@ -25,19 +25,16 @@ import torch
 from varpi.data.captions import CAPTION_FIELDS, pick_caption
 from varpi.data.dataset import BadImage, Dropped, Item
 from varpi.data.loader import (
-    BUFFER,
-    FILES,
     UNREADABLE,
     Batch,
     Counts,
     close_at_exit,
     collate_conditions,
-    draw,
-    permutation,
 )
 from varpi.data.source import Place, caption_fields, locate
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
+from varpi.runtime.randomness import Stream, permutation, words
 
 logger = logging.getLogger(__name__)
 
@@ -261,14 +258,14 @@ class StreamBatches(Counts):
                 number *= epoch
 
     def _epoch(self, epoch: int) -> Iterator[Row]:
-        order = permutation(self._seed, FILES, epoch, len(self._files))
+        order = permutation(self._seed, Stream.STREAM_FILES, epoch, len(self._files))
         rows = itertools.chain.from_iterable(self._files[number]() for number in order)
         kept = itertools.islice(rows, self._rows_kept.start, None, self._rows_kept.step)
         return _shuffled(kept, self._shuffle_buffer, self._draws(epoch))
 
     def _draws(self, epoch: int) -> Iterator[int]:
         for block in itertools.count():
-            yield from draw(self._seed, BUFFER, (epoch, block, 0), _DRAWS).tolist()
+            yield from words(self._seed, Stream.STREAM_BUFFER, (epoch, block, 0), _DRAWS).tolist()
 
 
 def _shuffled(rows: Iterator[Row], size: int, draws: Iterator[int]) -> Iterator[Row]:

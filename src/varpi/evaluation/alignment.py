@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from varpi import objective
 from varpi.data.dataset import BadImage, Dataset, Dropped, Item
-from varpi.data.loader import collate_conditions, permutation
+from varpi.data.loader import collate_conditions
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import frechet_distance
@@ -32,13 +32,11 @@ from varpi.evaluation.result import Result
 from varpi.generators import Generator
 from varpi.networks.extractors import FeatureExtractor
 from varpi.objective import Perceptual, RewardWeights
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, permutation, uniforms
 from varpi.sampling.generate import generate
 from varpi.tokenizers import Tokenizer
 from varpi.weights import check_pair
 
-# Streams of random numbers, others than those of training and sampling
-ORDER, NOISE, SAMPLES = 0xA110, 0xA111, 0xA112
 BLOCK = 64
 """Images that are generated together, and so the most that are held at once."""
 METRICS = (
@@ -202,7 +200,7 @@ class _Items:
         """At most `most` items, `BLOCK` at a time, in an order that mixes data sorted by class."""
         block: list[Item] = []
         left = len(self.dataset) if self.most is None else self.most
-        for index in permutation(0, ORDER, 0, len(self.dataset)):
+        for index in permutation(0, Stream.ALIGNMENT_ORDER, 0, len(self.dataset)):
             if not left:
                 break
             try:
@@ -249,12 +247,12 @@ class _Meter:
         logits = self.generator.logits(targets, condition)
         self._predictions("real", logits, targets)
         if self.context_noise > 0:
-            draws = uniforms(self.seed, 0, places, (targets.shape[1], 2), stream=NOISE)
+            draws = uniforms(self.seed, 0, places, (targets.shape[1], 2), stream=Stream.ALIGNMENT_NOISE)
             del logits  # the largest tensor here; never two of them
             context = objective.corrupt(targets, self.context_noise, self.generator.vocab_size, uniforms=draws)
             logits = self.generator.logits(context, condition)
         self._keep("prior_term", -objective.token_log_probs(logits, targets[:, None])[:, 0].double().mean(dim=1))
-        draws = uniforms(self.seed, 0, places, (self.group_size, targets.shape[1]), stream=SAMPLES)
+        draws = uniforms(self.seed, 0, places, (self.group_size, targets.shape[1]), stream=Stream.ALIGNMENT_SAMPLES)
         samples = objective.sample_tokens(logits, self.group_size, uniforms=draws)
         del logits
         rewards = objective.score_samples(

@@ -15,13 +15,11 @@ from varpi.methods import Outcome
 from varpi.recipe import NextToken as Settings
 from varpi.recipe import Recipe
 from varpi.runtime.processes import autocast
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import Tokenizer
 from varpi.weights import save_generator
 from varpi.weights.pair import load_pair
-
-CONDITION_DROP = 2  # the stream of random numbers; the same as VA-π's, so that a control drops the same conditions
 
 
 class NextToken:
@@ -51,7 +49,7 @@ class NextToken:
             targets = self.tokenizer.encode(batch.images)
         condition = batch.condition
         if self.settings.condition_drop > 0:
-            draws = uniforms(self.seed, step, batch.positions, (), stream=CONDITION_DROP, device=self.device)
+            draws = uniforms(self.seed, step, batch.positions, (), stream=Stream.CONDITION_DROP, device=self.device)
             condition = self.model.drop_condition(condition, draws < self.settings.condition_drop)
         with self.stages("transformer"):
             loss = self._cross_entropy(targets, condition)

@@ -23,14 +23,11 @@ from varpi.objective.rewards import Perceptual
 from varpi.recipe import Recipe
 from varpi.recipe import VaPi as Settings
 from varpi.runtime.processes import autocast
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import Tokenizer
 from varpi.weights import save_generator
 from varpi.weights.pair import load_pair, open_generator
-
-# Streams of random numbers; each is keyed by seed, step and the image's position in the global batch.
-NOISE, SAMPLES, CONDITION_DROP = 0, 1, 2
 
 
 @dataclass
@@ -152,12 +149,12 @@ class VaPi:
                 targets,
                 self.settings.context_noise,
                 self.model.vocab_size,
-                uniforms=self._uniforms(batch, step, (targets.shape[1], 2), NOISE),
+                uniforms=self._uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE),
                 exclude_true=not self.settings.compat.uniform_noise,
             )
         condition = batch.condition
         if self.settings.condition_drop > 0:
-            drop = self._uniforms(batch, step, (), CONDITION_DROP) < self.settings.condition_drop
+            drop = self._uniforms(batch, step, (), Stream.CONDITION_DROP) < self.settings.condition_drop
             condition = self.model.drop_condition(condition, drop)
         return targets, context, condition
 
@@ -175,7 +172,7 @@ class VaPi:
     def _sample(self, logits: Tensor, batch: Batch, step: int) -> Tensor:
         with self.stages("sample"):
             shape = (self.settings.group_size, logits.shape[1])
-            uniforms = self._uniforms(batch, step, shape, SAMPLES)
+            uniforms = self._uniforms(batch, step, shape, Stream.SAMPLES)
             return objective.sample_tokens(logits, self.settings.group_size, uniforms=uniforms)
 
     def _rewards(self, samples: Tensor, images: Tensor) -> objective.Rewards:
@@ -190,7 +187,7 @@ class VaPi:
                 chunk=reward.decode_batch,
             )
 
-    def _uniforms(self, batch: Batch, step: int, shape: tuple[int, ...], stream: int) -> Tensor:
+    def _uniforms(self, batch: Batch, step: int, shape: tuple[int, ...], stream: Stream) -> Tensor:
         return uniforms(self.seed, step, batch.positions, shape, stream=stream, device=self.device)
 
 

@@ -20,7 +20,7 @@ from varpi.errors import VarpiError
 from varpi.recipe import Recipe, parse_recipe, read_yaml
 from varpi.report import Reconstruction, RunReport, SampleGrid, write
 from varpi.runtime.processes import World
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.sampling.generate import generate
 from varpi.training import read_metrics
 from varpi.weights import load_generator
@@ -57,7 +57,7 @@ def reconstructions(
     images = torch.stack([item.image for item in items]).to(device)
     tokens = tokenizer.encode(images)
     condition = base.prepare_condition([item.condition for item in items])
-    draws = uniforms(0, 0, range(len(items)), (1, tokens.shape[1]), stream=0, device=str(device))
+    draws = uniforms(0, 0, range(len(items)), (1, tokens.shape[1]), stream=Stream.REPORT_SAMPLES, device=str(device))
     rows = [images, tokenizer.decode(tokens)]
     for generator in (base, tuned):
         samples = objective.sample_tokens(generator.eval().logits(tokens, condition), 1, uniforms=draws)

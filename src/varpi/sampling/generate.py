@@ -15,10 +15,8 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions
-from varpi.runtime.randomness import uniforms
+from varpi.runtime.randomness import Stream, uniforms
 
-STREAM = 0x5A3B
-"""The stream of `uniforms` that sampling draws from; another than training's, so that equal seeds share nothing."""
 IN_FLIGHT = 64
 """Images generated at once when no batch size is given."""
 
@@ -92,7 +90,9 @@ def generate(
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
                 size, number = len(part), first + start
-                draws = uniforms(seed, 0, range(number, number + size), (generator.num_tokens,), stream=STREAM)
+                draws = uniforms(
+                    seed, 0, range(number, number + size), (generator.num_tokens,), stream=Stream.GENERATION
+                )
                 tokens.append(_decode(generator, part, scales, draws, sample, lambda n=size: bar.advance(task, n)))
     finally:
         generator.train(was_training)
