@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
 from varpi.sampling.generate import filter_logits, generate
+from varpi.sampling.settings import Sampling
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import load_generator, load_tokenizer, to_original
 from varpi.weights.names import original_name
@@ -88,7 +89,7 @@ def test_class_greedy_tokens(c2i: tuple[LlamaGen, dict[str, Tensor]], name: str,
 )
 def test_filtered_probabilities(c2i: tuple[LlamaGen, dict[str, Tensor]], name: str, settings: dict) -> None:
     values = c2i[1]
-    probabilities = filter_logits(values["probs.logits"], **settings)
+    probabilities = filter_logits(values["probs.logits"], Sampling(**settings))
     torch.testing.assert_close(probabilities, values[f"probs.{name}"], atol=1e-6, rtol=0)
     assert torch.equal(probabilities == 0, values[f"probs.{name}"] == 0)
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from varpi.errors import VarpiError
     from varpi.generators import Generator, LlamaGen, LlamaGenConfig, TextCondition
     from varpi.recipe import Recipe, load_recipe
-    from varpi.sampling import generate
+    from varpi.sampling.generate import generate
+    from varpi.sampling.settings import Sampling
     from varpi.tokenizers import VQ, Tokenizer, VQConfig
     from varpi.training import train
     from varpi.weights import export_original, load_generator, load_tokenizer, save_generator, save_tokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "LlamaGen",
     "LlamaGenConfig",
     "Recipe",
+    "Sampling",
     "TextCondition",
     "Tokenizer",
     "VQConfig",
@@ -45,7 +47,8 @@ _HOMES = {
     "errors": ("VarpiError",),
     "generators": ("Generator", "LlamaGen", "LlamaGenConfig", "TextCondition"),
     "recipe": ("Recipe", "load_recipe"),
-    "sampling": ("generate",),
+    "sampling.generate": ("generate",),
+    "sampling.settings": ("Sampling",),
     "tokenizers": ("VQ", "Tokenizer", "VQConfig"),
     "training": ("train",),
     "weights": ("export_original", "load_generator", "load_tokenizer", "save_generator", "save_tokenizer"),

@@ -6,6 +6,7 @@ from scipy import stats
 
 from varpi.errors import VarpiError
 from varpi.objective import sample_tokens
+from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
 
 ALMOST_ONE = 1 - 2.0**-24
@@ -87,3 +88,12 @@ def test_bad_arguments_are_refused():
         sample_tokens(torch.zeros(1, 2, 4), 0)
     with pytest.raises(VarpiError, match=r"shape \(1, 2, 3\).*\(1, 3, 2\)"):
         sample_tokens(torch.zeros(1, 2, 4), 3, uniforms=torch.rand(1, 2, 3))
+
+
+def test_draws_follow_the_distribution_and_never_take_the_impossible() -> None:
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
+    drawn = invert(probabilities, (torch.arange(4096)[None] + 0.5) / 4096)[0]
+    assert drawn.bincount(minlength=5).tolist() == [0, 1229, 0, 2867, 0]
+    extremes = torch.tensor([[0.0, 1 - 2.0**-24]])
+    assert invert(probabilities, extremes).tolist() == [[1, 3]]
+    assert invert(torch.full((1, 5), torch.nan), extremes).tolist() == [[4, 4]]

@@ -1,5 +1,7 @@
 """Generation: the cache against teacher forcing, guidance, filters, seeds, and refusals."""
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
-from varpi.sampling.generate import _draw, _scales, filter_logits, generate
+from varpi.sampling.generate import filter_logits, generate, generate_with
+from varpi.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -120,33 +123,15 @@ def test_only_guidance_doubles_the_batch(generator: LlamaGen, monkeypatch: pytes
     assert sizes[6:] == [6, 6, 2]
 
 
-def test_guidance_interval_and_schedule() -> None:
-    assert _scales(6, 4.0, -1, "constant", 2.0) == [4.0] * 6
-    assert _scales(6, 4.0, 0, "constant", 2.0) == [4.0, 4.0, 1, 1, 1, 1]  # the first token, and decoding step 0
-    assert _scales(6, 4.0, 2, "constant", 2.0) == [4.0, 4.0, 4.0, 4.0, 1, 1]
-    assert _scales(5, 3.0, -1, "power-cosine", 1.0) == pytest.approx([3, 1, 1 + (1 - 0.5**0.5), 2, 2 + 0.5**0.5])
-    assert _scales(5, 3.0, 1, "power-cosine", 1.0) == pytest.approx([3, 1, 1 + (1 - 0.5**0.5), 1, 1])
-
-
 def test_filters_worked_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    torch.testing.assert_close(filter_logits(logits), torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
-    torch.testing.assert_close(filter_logits(logits, top_k=2), torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
-    torch.testing.assert_close(filter_logits(logits, top_k=99), logits.exp())
-    torch.testing.assert_close(filter_logits(logits, top_p=0.6), torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
-    torch.testing.assert_close(filter_logits(logits, top_p=0.1), torch.tensor([[1.0, 0, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, Sampling()), torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
+    torch.testing.assert_close(filter_logits(logits, Sampling(top_k=2)), torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, Sampling(top_k=99)), logits.exp())
+    torch.testing.assert_close(filter_logits(logits, Sampling(top_p=0.6)), torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, Sampling(top_p=0.1)), torch.tensor([[1.0, 0, 0, 0]]))
     squares = torch.tensor([[0.25, 0.0625, 0.0225, 0.01]])
-    torch.testing.assert_close(filter_logits(logits, temperature=0.5), squares / squares.sum())
-
-
-def test_draws_follow_the_distribution_and_never_take_the_impossible() -> None:
-    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
-    draws = (torch.arange(4096) + 0.5) / 4096
-    drawn = _draw(probabilities.expand(4096, -1), draws)
-    counts = drawn.bincount(minlength=5)
-    assert counts.tolist() == [0, 1229, 0, 2867, 0]
-    for extreme, expected in ((0.0, 1), (1 - 2.0**-24, 3)):
-        assert _draw(probabilities, torch.tensor([extreme])).item() == expected
+    torch.testing.assert_close(filter_logits(logits, Sampling(temperature=0.5)), squares / squares.sum())
 
 
 def test_sampled_frequencies_match_the_probabilities(generator: LlamaGen) -> None:
@@ -155,7 +140,7 @@ def test_sampled_frequencies_match_the_probabilities(generator: LlamaGen) -> Non
     generator.eval()
     with torch.no_grad():
         logits = generator.prefill(classes[:1], generator.new_cache(1))
-    expected = filter_logits(logits, temperature=1.3, top_k=10)[0]
+    expected = filter_logits(logits, Sampling(temperature=1.3, top_k=10))[0]
     observed = first.bincount(minlength=24) / 4000
     assert (observed[expected == 0] == 0).all()
     assert (observed - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
@@ -165,21 +150,27 @@ def test_sampled_frequencies_match_the_probabilities(generator: LlamaGen) -> Non
     ("settings", "message"),
     [
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0; it must be at least 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"guidance_interval": -2}, "guidance_interval is -2"),
-        ({"guidance_schedule": "linear"}, "guidance_schedule is 'linear'; it must be 'constant' or 'power-cosine'"),
-        ({"guidance_power": 0.0}, "guidance_power is 0.0"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"seed": -1}, "seed is -1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"first": -1}, "first is -1; it must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(generator: LlamaGen, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(VarpiError, match=message):
         generate(generator, CLASSES, **settings)
+
+
+def test_every_setting_is_an_argument_of_generate_and_arrives(generator: LlamaGen) -> None:
+    parameters = inspect.signature(generate).parameters
+    for setting in fields(Sampling):
+        assert parameters[setting.name].default == setting.default
+    settings = {"guidance_scale": 3.0, "guidance_interval": 6, "guidance_schedule": "power-cosine"}
+    settings |= {"guidance_power": 1.5, "temperature": 1.4, "top_k": 9, "top_p": 0.8, "seed": 4}
+    tokens = generate(generator, CLASSES, **settings)
+    assert torch.equal(tokens, generate_with(generator, CLASSES, Sampling(**settings)))
+    for name in settings:  # none is ignored
+        plain = {key: value for key, value in settings.items() if key != name}
+        if name != "seed":
+            assert not torch.equal(generate(generator, CLASSES, **plain), tokens), name
 
 
 @pytest.mark.parametrize("ids", [[6], [-1], [0, 9]])

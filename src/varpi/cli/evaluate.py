@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from varpi.cli.options import add_device, command, digest, load_pair, recipe_of, say, warn
-from varpi.cli.sample import add_sampling, sampling_settings, write_samples
+from varpi.cli.sample import add_sampling, write_samples
+from varpi.cli.sampling_flags import settings_of
 from varpi.errors import VarpiError
 
 
@@ -127,8 +129,7 @@ def _judge(options: argparse.Namespace) -> Any:
             weights=options.weights,
             images=options.images,
             batch_size=options.batch_size,
-            seed=options.seed,
-            sampling=sampling_settings(options),
+            sampling=settings_of(options),
             device=choose_device(options.device),
             progress=progress,
         )
@@ -202,7 +203,7 @@ def _samples_of_run(options: argparse.Namespace, run: Path, world: Any) -> Path:
     settings = {name: getattr(options, name) for name in (*asked, "caption_column", "resize")}
     if not any(settings[name] for name in asked[:6]):
         raise VarpiError(f"{run} is a run: say what to sample from it (--per-class N, --prompts FILE, …)")
-    folder = judging.samples_folder(run, {**settings, **sampling_settings(options)})
+    folder = judging.samples_folder(run, {**settings, **asdict(settings_of(options))})
     if (world is None or world.is_main) and not (folder / "sample.json").is_file():
         write_samples(options, folder)
         warn(f"wrote samples to {folder}")

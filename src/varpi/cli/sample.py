@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi.cli.options import add_pair, command, digest, load_pair, say
+from varpi.cli.sampling_flags import add_flags, settings_of
 from varpi.errors import VarpiError
 
 
@@ -49,26 +50,10 @@ def add_sampling(parser: Any, *, required: bool) -> None:
     parser.add_argument("--caption-split", default="test", help="of --captions (default: %(default)s)")
     parser.add_argument("--caption-column", action="append", metavar="NAME", help="of --captions; may be repeated")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts or captions")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: %(default)s)")
-    parser.add_argument(
-        "--guidance-interval", type=int, default=-1, metavar="K", help="guide only the first K+2 tokens"
-    )
-    parser.add_argument("--guidance-schedule", choices=("constant", "power-cosine"), default="constant")
-    parser.add_argument("--guidance-power", type=float, default=2.0, help="of power-cosine (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
-    parser.add_argument("--greedy", action="store_true", help="always the most probable token")
+    add_flags(parser)
     parser.add_argument(
         "--resize", type=int, metavar="S", help="resize from 384 to 256 as the paper does; S must be 256"
     )
-
-
-def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
-    from varpi.samples.writing import SETTINGS
-
-    return {name: getattr(options, name) for name in SETTINGS}
 
 
 def write_samples(options: argparse.Namespace, output: Path) -> int:
@@ -78,14 +63,13 @@ def write_samples(options: argparse.Namespace, output: Path) -> int:
     prompts = _prompts(options)
     generator, tokenizer = load_pair(options)
     condition: Any = _classes(options, generator.num_classes) if prompts is None else prompts
-    settings = sampling_settings(options)
     record = {"generator": options.generator, "generator_sha256": digest(options.generator)}
     count = write_samples(
         output,
         generator,
         tokenizer,
         condition,
-        settings=settings,
+        sampling=settings_of(options),
         record={**record, "tokenizer": options.tokenizer},
         resize=options.resize,
         batch_size=options.batch_size,

@@ -9,12 +9,11 @@ per token, pixels on the [-1,1] scale.
 """
 
 import hashlib
-import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ from varpi.generators import Generator
 from varpi.networks.extractors import FeatureExtractor
 from varpi.objective import Perceptual, RewardWeights
 from varpi.runtime.randomness import Stream, permutation, uniforms
-from varpi.sampling.generate import generate
+from varpi.sampling.generate import generate_with
+from varpi.sampling.settings import Sampling
 from varpi.tokenizers import Tokenizer
 from varpi.weights import check_pair
 
@@ -49,11 +49,6 @@ METRICS = (
     "round_trip_distance",
     "round_trip_changed",
 )
-_SETTINGS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(generate).parameters.items()
-    if name not in ("generator", "condition", "seed", "first", "batch_size", "progress")
-}
 
 
 def evaluate_alignment(
@@ -69,9 +64,8 @@ def evaluate_alignment(
     mse_weight: float = 1.0,
     perceptual_weight: float = 0.0,
     prior_weight: float = 0.1,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     batch_size: int = 16,
-    sampling: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Result:
     """Measure a generator on held-out images and their conditions; in eval mode, where the generator lies.
@@ -85,10 +79,10 @@ def evaluate_alignment(
     context_noise: ξ in [0, 1], of the context behind the prior term and the teacher-forced samples (Eq. 28).
     mse_weight, perceptual_weight: of the reward; see `RewardWeights`.
     prior_weight: β >= 0 of the lower bound.
-    seed: in [0, 2**63). Draws belong to the seed and to an image's place among the measured ones.
+    sampling: how the free-running samples are made. All draws belong to its seed (0 unless given) and to an image's
+        place among the measured ones.
     batch_size: images in one pass, which bounds the memory; above `BLOCK` it is `BLOCK`. Changes numbers by rounding
         only.
-    sampling: settings of `generate` for the free-running samples, by name; the default is its own.
     progress: show a bar on stderr.
 
     Returns a Result of kind "alignment". Its metrics are means over images:
@@ -117,8 +111,10 @@ def evaluate_alignment(
     and models whose outputs are not finite.
     """
     weights = RewardWeights(mse_weight, perceptual_weight)
-    settings = _sampling_settings(sampling)
-    _check(images, samples_per_image, context_noise, prior_weight, seed, batch_size)
+    sampling = sampling or Sampling()
+    seed = sampling.seed or 0
+    sampling = replace(sampling, seed=seed)
+    _check(images, samples_per_image, context_noise, prior_weight, batch_size)
     if (perceptual is not None) != (perceptual_weight > 0):
         given = "none was given" if perceptual is None else "a perceptual distance was given"
         raise VarpiError(f"perceptual_weight is {perceptual_weight}, but {given}: give both or neither")
@@ -139,7 +135,7 @@ def evaluate_alignment(
             for item in block:
                 _digest_item(reference, item)
             condition = generator.prepare_condition(collate_conditions([item.condition for item in block]))
-            free = generate(generator, condition, **settings, seed=seed, first=place, batch_size=batch_size)
+            free = generate_with(generator, condition, sampling, first=place, batch_size=batch_size)
             free_tokens.update(free.cpu().numpy().tobytes())
             for start in range(0, len(block), batch_size):
                 rows = slice(start, start + batch_size)
@@ -170,7 +166,7 @@ def evaluate_alignment(
         kind="alignment",
         metrics={name: values.pop(name) for name in METRICS},
         samples={"count": place, "image_size": size, "sha256": free_tokens.hexdigest()},
-        sampling={**settings, "seed": seed},
+        sampling=asdict(sampling),
         reference={"count": place, "image_size": size, "sha256": reference.hexdigest()},
         evaluator={
             "extractor": dict(extractor.identity),
@@ -307,16 +303,8 @@ class _Meter:
         self.by_image[name].append(values.double().cpu())
 
 
-def _sampling_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All settings of `generate` that shape the samples."""
-    for name in given or {}:
-        if name not in _SETTINGS:
-            raise VarpiError(f"there is no sampling setting {name!r}; there are {', '.join(_SETTINGS)}")
-    return {**_SETTINGS, **(given or {})}
-
-
 def _check(
-    images: int | None, samples_per_image: int, context_noise: float, prior_weight: float, seed: int, batch_size: int
+    images: int | None, samples_per_image: int, context_noise: float, prior_weight: float, batch_size: int
 ) -> None:
     if images is not None and images < 2:
         raise VarpiError(f"images is {images}; the Fréchet distance needs at least 2")
@@ -326,8 +314,6 @@ def _check(
         raise VarpiError(f"context_noise is {context_noise}; it must be in [0, 1]")
     if not 0 <= prior_weight < math.inf:
         raise VarpiError(f"prior_weight is {prior_weight}; it must be at least 0 and finite")
-    if not 0 <= seed < 2**63:
-        raise VarpiError(f"seed is {seed}; it must be in [0, 2**63)")
     if batch_size < 1:
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
 

@@ -23,6 +23,7 @@ from varpi.networks.extractors import load_extractor
 from varpi.networks.judge import embed, load_judge
 from varpi.recipe import Recipe, VaPi
 from varpi.samples.reading import SampleSet, open_samples
+from varpi.sampling.settings import Sampling
 
 AGREEMENT = "class_agreement"
 
@@ -128,8 +129,7 @@ def judge_alignment(
     weights: str | None,
     images: int | None,
     batch_size: int,
-    seed: int,
-    sampling: Mapping[str, Any],
+    sampling: Sampling,
     device: str,
     progress: bool,
 ) -> Result:
@@ -163,9 +163,8 @@ def judge_alignment(
         extractor=load_extractor(features, weights=weights, device=device),
         perceptual=perceptual,
         images=images,
-        seed=seed,
         batch_size=batch_size,
-        sampling={name: value for name, value in sampling.items() if name != "seed"},
+        sampling=sampling,
         progress=progress,
         **chosen,
     )

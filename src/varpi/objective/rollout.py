@@ -18,9 +18,7 @@ def sample_tokens(
 ) -> Tensor:
     """Sample every position independently from softmax(logits), G times, by inverting the cumulative distribution.
 
-    The cumulative distribution is summed in integers (probabilities in units of 2**-38). Integer sums do not depend
-    on the order of addition, so a token of probability zero cannot be drawn through rounding, on any device. One
-    image is processed at a time: the temporary memory does not grow with B.
+    One image is processed at a time: the temporary memory does not grow with B.
 
     Args:
         logits: (B,N,V), any floating dtype; the softmax is taken in float32. -inf forbids a token.
@@ -37,7 +35,7 @@ def sample_tokens(
     """
     if group_size < 1:
         raise VarpiError(f"sample_tokens: group_size is {group_size}; it must be >= 1")
-    batch, num_tokens, vocab_size = logits.shape
+    batch, num_tokens, _ = logits.shape
     shape = (batch, group_size, num_tokens)
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, device=logits.device)
@@ -46,10 +44,19 @@ def sample_tokens(
 
     samples = torch.empty(shape, dtype=torch.int64, device=logits.device)
     for image_samples, image_logits, image_uniforms in zip(samples, logits, uniforms.to(logits.device), strict=True):
-        probabilities = image_logits.softmax(dim=-1, dtype=torch.float32).nan_to_num_(nan=0.0)
-        cumulative = probabilities.mul_(2.0**_PROBABILITY_BITS).long().cumsum(dim=-1)
-        quantile = (image_uniforms.T.contiguous() * 2.0**_UNIFORM_BITS).long().clamp_(max=2**_UNIFORM_BITS - 1)
-        threshold = (quantile * cumulative[:, -1:]) >> _UNIFORM_BITS  # always below the total
-        drawn = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=vocab_size - 1)
-        image_samples.copy_(drawn.T)
+        image_samples.copy_(invert(image_logits.softmax(dim=-1, dtype=torch.float32), image_uniforms.T).T)
     return samples
+
+
+def invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens int64 (R,K): the inverse cumulative distribution of probabilities (R,V) at uniforms (R,K) in [0,1).
+
+    Summed in integers, probabilities in units of 2**-38 and uniform numbers of 2**-24: such sums do not depend on the
+    order of addition, so a token of probability zero cannot be drawn through rounding, on any device. A row of NaN
+    gives token V-1.
+    """
+    scaled = probabilities.nan_to_num(nan=0.0).mul_(2.0**_PROBABILITY_BITS)
+    cumulative = scaled.long().cumsum(dim=-1)
+    quantile = (uniforms.contiguous() * 2.0**_UNIFORM_BITS).long().clamp_(max=2**_UNIFORM_BITS - 1)
+    threshold = (quantile * cumulative[:, -1:]) >> _UNIFORM_BITS  # always below the total
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[-1] - 1)

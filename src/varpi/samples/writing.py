@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,9 @@ from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.runtime.files import write_text
 from varpi.samples.images import NpzWriter, resize_384_to_256, save_grid, save_png
-from varpi.sampling.generate import generate
+from varpi.sampling.generate import generate_with
+from varpi.sampling.settings import Sampling
 
-SETTINGS = (
-    "guidance_scale",
-    "guidance_interval",
-    "guidance_schedule",
-    "guidance_power",
-    "temperature",
-    "top_k",
-    "top_p",
-    "greedy",
-    "seed",
-)
-"""Of `generate`, what decides the images."""
 IN_GRID = 100
 
 
@@ -35,7 +25,7 @@ def write_samples(
     tokenizer: Any,
     condition: Any,
     *,
-    settings: Mapping[str, Any],
+    sampling: Sampling,
     record: Mapping[str, Any],
     resize: int | None = None,
     batch_size: int = 64,
@@ -43,7 +33,7 @@ def write_samples(
 ) -> int:
     """Fill `output` with 00000.png …, grid.png, samples.npz (ADM's layout) and, last, sample.json; how many images.
 
-    condition: class ids or prompts, one an image. settings: `SETTINGS`. record: what else sample.json says. Only a
+    condition: class ids or prompts, one an image. record: what else sample.json says. Only a
     batch of images is in memory at a time. Raises VarpiError for a resize other than from 384 to 256.
     """
     side = generator.grid * tokenizer.downsample
@@ -57,7 +47,7 @@ def write_samples(
     with NpzWriter(output / "samples.npz", (count, resize or side, resize or side, 3)) as archive:
         for first in range(0, count, batch_size):
             part = condition[first : first + batch_size]
-            tokens = generate(generator, part, **settings, first=first, batch_size=batch_size, progress=progress)
+            tokens = generate_with(generator, part, sampling, first=first, batch_size=batch_size, progress=progress)
             with torch.inference_mode():
                 decoded = tokenizer.decode(tokens)
             images = to_uint8(decoded if resize is None else resize_384_to_256(decoded))
@@ -68,5 +58,6 @@ def write_samples(
                 shown.append(images[: IN_GRID - first])
     save_grid(output / "grid.png", np.concatenate(shown))
     asked = {"classes": condition.tolist()} if isinstance(condition, torch.Tensor) else {"prompts": list(condition)}
-    write_text(output / "sample.json", json.dumps({**record, "resize": resize, **settings, "count": count, **asked}))
+    how = {**record, "resize": resize, **asdict(sampling)}
+    write_text(output / "sample.json", json.dumps({**how, "count": count, **asked}))
     return count

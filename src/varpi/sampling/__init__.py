@@ -1,5 +1,1 @@
-"""Generating tokens free-running: `generate` and what it draws from."""
-
-from varpi.sampling.generate import filter_logits, generate
-
-__all__ = ["filter_logits", "generate"]
+"""Generating tokens free-running: the settings as one object, and `generate`."""
