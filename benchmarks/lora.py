@@ -87,7 +87,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     method = VaPi(
         generator,
         tokenizer,
-        recipe.method,  # pyright: ignore[reportArgumentType]  (the union's VaPi, as written above)
+        recipe.method,  # pyright: ignore[reportArgumentType]  (VA-π's, as written above)
         precision="bf16",
         perceptual=perceptual,
         device=device,

@@ -122,7 +122,7 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
     method = kind(
         generator,
         tokenizer,
-        recipe.method,  # pyright: ignore[reportArgumentType]  (the union's VaPi, as written below)
+        recipe.method,  # pyright: ignore[reportArgumentType]  (VA-π's, as written below)
         precision=recipe.training.precision,
         perceptual=perceptual,
         device=device,

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from varpi.errors import VarpiError
-from varpi.recipe import Recipe, VaPi, load_recipe, parse_recipe, read_yaml, shipped_recipes
+from varpi.methods.va_pi import Settings as VaPi
+from varpi.recipe import Recipe, load_recipe, parse_recipe, read_yaml, shipped_recipes
 
 VALUES: dict[str, Any] = {
     "method": {"name": "va_pi"},
@@ -154,7 +155,19 @@ def test_unknown_key_names_the_nearest(change: dict[str, Any], line: str) -> Non
         ({"method__prior": "l2"}, "my.yaml: method.prior is 'l2'; it must be 'cross_entropy' or 'kl'"),
         ({"training__precision": "fp16"}, "my.yaml: training.precision is 'fp16'; it must be 'fp32' or 'bf16'"),
         ({"seed": -1}, "my.yaml: seed is -1; it must be greater than or equal to 0"),
-        ({"method__name": "ppo"}, "my.yaml: method.name is 'ppo'; it must be one of 'va_pi', 'next_token'"),
+        (
+            {"method__name": "ppo"},
+            "my.yaml: method.name is 'ppo'; it must be one of 'classifier', 'next_token', 'va_pi', 'vq_tokenizer'",
+        ),
+        (
+            {"method__name": "rewards"},
+            "my.yaml: method.name is 'rewards'; it must be one of 'classifier', 'next_token'",
+        ),
+        (
+            {"method__name": ["va_pi"]},
+            "my.yaml: method.name is ['va_pi']; it must be one of 'classifier', 'next_token'",
+        ),
+        ({"method": ["va_pi"]}, "my.yaml: method is ['va_pi']; it must be a section of keys and values"),
         ({"method__name": None}, "my.yaml: method.name is missing"),
         ({"data__source": None}, "my.yaml: data.source is missing"),
         ({"optimizer": None}, "my.yaml: optimizer is missing"),
@@ -174,7 +187,11 @@ def test_wrong_values_are_explained(change: dict[str, Any], line: str) -> None:
         ({"generator": None}, "method va_pi needs a generator"),
         ({"method": {"name": "classifier"}}, "method classifier has no generator"),
         ({"generator": {"architecture": {"dim": 8}}}, "generator.source is missing: va_pi post-trains"),
-        ({"tokenizer": {}}, "tokenizer.source is missing: give a checkpoint, or an architecture"),
+        ({"tokenizer": {}}, "tokenizer.source is missing: va_pi post-trains a pretrained pair"),
+        (
+            {"tokenizer": {}, "method": {"name": "next_token"}},
+            "tokenizer.source is missing: give a checkpoint, or an architecture",
+        ),
         (
             {"method__reward": {"mse_weight": 0, "perceptual_weight": 0}},
             "method.reward: every weight is 0; at least one must be positive",
@@ -199,7 +216,7 @@ def test_wrong_values_are_explained(change: dict[str, Any], line: str) -> None:
         ),
         (
             {"training__updates_per_batch": 2, "method": {"name": "next_token"}},
-            "training.updates_per_batch is for va_pi; next_token has no rollouts to reuse",
+            "training.updates_per_batch is 2, but method next_token has no rollouts to reuse",
         ),
     ],
 )

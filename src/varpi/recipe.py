@@ -1,13 +1,15 @@
 """The recipe: everything that decides what a run does, read from YAML, checked before any work begins."""
 
 import difflib
+import importlib
 import importlib.resources
+import pkgutil
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from varpi.errors import VarpiError
 from varpi.recipes import shipped_recipes
@@ -99,103 +101,25 @@ class DataSection(Section):
         return self
 
 
-class Reward(Section):
-    """Paper Eq. 10: minus the weighted sum of pixel and perceptual distances. A weight of 0 computes nothing."""
+class MethodSection(Section):
+    """What the settings of every method share and declare.
 
-    mse_weight: Weight = 1.0
-    """Mean squared error over channels and pixels, images in [-1,1]."""
-    perceptual_weight: Weight = 1.0
-    l1_weight: Weight = 0.0
-    perceptual: Literal["lpips-vgg", "lpips-alex", "digits"] = "lpips-vgg"
-    """The network of the perceptual distance; `digits` is the embedded one."""
-    perceptual_weights: str | None = None
-    """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
-    decode_batch: Count = 16
-    """Token sequences decoded at once; bounds memory, changes no number."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the decoder and the perceptual network."""
+    A method is a module of `varpi.methods`, named as recipes name it, with its `Settings`, a subclass of this one, and
+    `from_recipe`. It is found by that name; nothing else knows of it.
+    """
 
-    @model_validator(mode="after")
-    def _some_reward(self) -> Self:
-        if self.mse_weight == self.perceptual_weight == self.l1_weight == 0:
-            raise ValueError("every weight is 0; at least one must be positive")
-        if self.perceptual_weights is not None and not (
-            self.perceptual_weight > 0 and self.perceptual.startswith("lpips")
-        ):
-            raise ValueError("perceptual_weights is given but no LPIPS network is used")
-        return self
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Which of the sections `generator` and `tokenizer` it has; the others are refused."""
+    pretrained: ClassVar[bool] = False
+    """Whether what it needs must come from checkpoints."""
+    reuses_rollouts: ClassVar[bool] = False
+    """Whether it can make several updates from one batch."""
 
+    name: str
+    """The module's name."""
 
-class Compat(Section):
-    """Where the released code departs from the paper; see docs/paper_map.md."""
-
-    uniform_noise: bool = False
-    """Context noise draws from all codes, the true one included (paper Eq. 28 excludes it)."""
-    rollout_in_eval: bool = False
-    """Sample from a separate pass without dropout, so that the first ratio compares two different networks."""
-
-
-class VaPi(Section):
-    """VA-π (arXiv 2512.19680)."""
-
-    name: Literal["va_pi"]
-    group_size: Annotated[Int, Field(ge=2)] = 8
-    """G, samples per image; advantages are relative to the group."""
-    context_noise: Share = 0.0
-    """ξ, probability that a context token is replaced (Eq. 28)."""
-    prior: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """What holds the generator to its data: cross-entropy of true tokens (Eq. 9), or KL to a frozen copy (Fig. 4)."""
-    prior_weight: Weight = 0.1
-    """β (Eq. 11); 0 leaves the prior out, and with it the frozen copy."""
-    clip_range: Annotated[Float, Field(gt=0, lt=1)] = 0.2
-    """ε of the clipped ratio (Eq. 11)."""
-    advantage_clip: Annotated[Float, Field(gt=0)] = 5.0
-    """Advantages are clamped to this magnitude."""
-    policy_mode: Literal["train", "eval"] = "train"
-    """Whether the generator's dropout is on in the pass that is differentiated."""
-    condition_drop: Share = 0.1
-    """Probability that an image's condition is replaced by the null condition."""
-    reward: Reward = Reward()
-    compat: Compat = Compat()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.compat.rollout_in_eval and self.policy_mode == "eval":
-            raise ValueError("compat.rollout_in_eval needs policy_mode: train; in eval mode both passes are the same")
-        if self.compat.uniform_noise and self.context_noise == 0:
-            raise ValueError("compat.uniform_noise is set but context_noise is 0")
-        return self
-
-
-class NextToken(Section):
-    """Plain teacher-forced training: cross-entropy of the true tokens under the true context."""
-
-    name: Literal["next_token"]
-    condition_drop: Share = 0.1
-    """Probability that an image's condition is replaced by the null condition."""
-
-
-class VqTokenizer(Section):
-    """Trains a VQ tokenizer by reconstruction (VQ-VAE, arXiv 1711.00937, with unit-norm codes)."""
-
-    name: Literal["vq_tokenizer"]
-    mse_weight: Weight = 1.0
-    perceptual_weight: Weight = 0.0
-    """Weight of the embedded `digits` perceptual distance."""
-    commitment_weight: Weight = 0.25
-    usage_weight: Weight = 0.0
-    """Weight of the distance from each code to its nearest latent of the batch, which keeps all codes in use."""
-
-
-class Classifier(Section):
-    """Trains a small convolutional classifier, whose features judge or reward the embedded digits."""
-
-    name: Literal["classifier"]
-    channels: tuple[Count, ...] = (16, 32, 64)
-    num_classes: Annotated[Int, Field(ge=2)] = 10
-
-
-MethodSection = Annotated[VaPi | NextToken | VqTokenizer | Classifier, Field(discriminator="name")]
+    def check(self, recipe: "Recipe") -> None:
+        """Raise ValueError when these settings contradict another section."""
 
 
 class Lora(Section):
@@ -272,10 +196,41 @@ class Logging(Section):
     """Weights & Biases project to log to (extra: varpi[wandb])."""
 
 
+def method_settings(name: Any) -> type[MethodSection] | None:
+    """The settings of the method of this name; None when there is none."""
+    if name not in _modules_of_methods():
+        return None
+    return getattr(importlib.import_module(f"varpi.methods.{name}"), "Settings", None)
+
+
+def method_names() -> list[str]:
+    """All methods, by name."""
+    return [name for name in _modules_of_methods() if method_settings(name) is not None]
+
+
+def _modules_of_methods() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("varpi.methods").__path__))
+
+
+def _own_settings(value: Any) -> Any:
+    """The settings of the method that is named, in its own class."""
+    if not isinstance(value, dict):
+        return value
+    if value.get("name") is None:
+        problem: Any = {"type": "missing", "loc": ("name",), "input": value}
+    elif (settings := method_settings(value["name"])) is not None:
+        return settings.model_validate(value)
+    else:
+        names = ", ".join(map(repr, method_names()))
+        error = PydanticCustomError("no_method", "must be one of {names}", {"names": names})
+        problem = {"type": error, "loc": ("name",), "input": value["name"]}
+    raise ValidationError.from_exception_data("method", [problem])
+
+
 class Recipe(Section):
     """One run."""
 
-    method: MethodSection
+    method: Annotated[SerializeAsAny[MethodSection], BeforeValidator(_own_settings)]
     data: DataSection
     optimizer: Optimizer
     training: Training
@@ -289,34 +244,32 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        needs = {
-            "va_pi": {"generator", "tokenizer"},
-            "next_token": {"generator", "tokenizer"},
-            "vq_tokenizer": {"tokenizer"},
-            "classifier": set(),
-        }[self.method.name]
+        method = self.method
         for name in ("generator", "tokenizer"):
             section = getattr(self, name)
-            if (section is not None) != (name in needs):
-                raise ValueError(f"method {self.method.name} {'needs a' if name in needs else 'has no'} {name}")
-            if section is not None and section.source is None and section.architecture is None:
+            needed = name in method.needs
+            if (section is not None) != needed:
+                raise ValueError(f"method {method.name} {'needs a' if needed else 'has no'} {name}")
+            if section is None or section.source is not None:
+                continue
+            if method.pretrained:
+                raise ValueError(f"{name}.source is missing: {method.name} post-trains a pretrained pair")
+            if section.architecture is None:
                 raise ValueError(f"{name}.source is missing: give a checkpoint, or an architecture to start afresh")
-        if self.lora is not None and "generator" not in needs:
-            raise ValueError(f"lora is for generators; method {self.method.name} trains none")
+        if self.lora is not None and self.generator is None:
+            raise ValueError(f"lora is for generators; method {method.name} trains none")
         if self.lora is not None and self.generator is not None and self.generator.source is None:
             raise ValueError("lora adapts a pretrained generator: generator.source is missing")
-        if isinstance(self.method, VaPi):
-            assert self.generator is not None
-            assert self.tokenizer is not None
-            for name in ("generator", "tokenizer"):
-                if getattr(self, name).source is None:
-                    raise ValueError(f"{name}.source is missing: va_pi post-trains a pretrained pair")
-        elif self.training.updates_per_batch > 1:
-            raise ValueError(f"training.updates_per_batch is for va_pi; {self.method.name} has no rollouts to reuse")
+        if self.training.updates_per_batch > 1 and not method.reuses_rollouts:
+            raise ValueError(
+                f"training.updates_per_batch is {self.training.updates_per_batch}, but method {method.name} has no "
+                "rollouts to reuse"
+            )
         if self.validation is not None and self.validation.every % self.training.updates_per_batch:
             raise ValueError(
                 f"validation.every is {self.validation.every}; it must be a multiple of training.updates_per_batch"
             )
+        method.check(self)
         return self
 
     def to_yaml(self) -> str:
@@ -359,7 +312,7 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise VarpiError(*(f"{where}: {_explain(problem)}" for problem in error.errors())) from None
+        raise VarpiError(*(f"{where}: {_explain(problem, values)}" for problem in error.errors())) from None
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
@@ -380,21 +333,16 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     values[last] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, values: dict[str, Any]) -> str:
     """One line for one pydantic error: the key as the user wrote it, what it is, what it must be."""
-    path = [str(part) for part in problem["loc"]]
-    if path[:1] == ["method"] and len(path) > 1 and path[1] in {"va_pi", "next_token", "vq_tokenizer", "classifier"}:
-        del path[1]  # pydantic's tag of the union member
-    key = ".".join(path)
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        close = difflib.get_close_matches(path[-1], known, 1)
+        known = _known_keys(problem["loc"][:-1], values)
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"the keys here are {', '.join(known)}"
         return f"unknown key {key}; {hint}"
-    if problem["type"] in ("missing", "union_tag_not_found"):
-        return f"{key}{'.name' if key == 'method' else ''} is missing"
-    if problem["type"] == "union_tag_invalid":
-        return f"method.name is {problem['ctx']['tag']!r}; it must be one of {problem['ctx']['expected_tags']}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
     if problem["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is {problem['input']!r:.80}; it must be a section of keys and values"
     message = problem["msg"].removeprefix("Value error, ")
@@ -406,20 +354,14 @@ def _explain(problem: Any) -> str:
     return f"{key} is {problem['input']!r:.80}; it must be {message}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
     """The fields of the section at a pydantic error location."""
     section: Any = Recipe
     for part in location:
-        if isinstance(section, type) and part in section.model_fields:
-            section = section.model_fields[part].annotation
-            section = _only_section(section)
-        elif isinstance(section, tuple):  # the union of methods; the part is the tag
-            section = next(s for s in section if get_args(s.model_fields["name"].annotation) == (part,))
+        if section is Recipe and part == "method":
+            section = method_settings(values["method"]["name"])
+        else:
+            annotation = section.model_fields[part].annotation
+            members = (annotation, *get_args(annotation))  # of a section that may be left out, `Section | None`
+            section = next(m for m in members if isinstance(m, type) and issubclass(m, Section))
     return list(section.model_fields)
-
-
-def _only_section(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, UnionType):
-        members: list[Any] = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, Section)]
-        return tuple(members) if len(members) > 1 else members[0]
-    return annotation

@@ -20,9 +20,9 @@ from varpi import objective
 from varpi.data import Batch, Batches, open_dataset
 from varpi.generators import LlamaGen
 from varpi.methods import build_method
-from varpi.methods.va_pi import Rollout, VaPi
-from varpi.recipe import Recipe, Reward
-from varpi.recipe import VaPi as Settings
+from varpi.methods.rewards import Reward
+from varpi.methods.va_pi import Rollout, Settings, VaPi
+from varpi.recipe import Recipe
 from varpi.runtime.processes import World
 from varpi.runtime.randomness import Stream, uniforms
 from varpi.training.loop import Trainer, make_optimizer
@@ -320,7 +320,7 @@ def test_weight_zero_loads_nothing(pair: Path, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any) -> None:
         raise AssertionError("must not be loaded")
 
-    monkeypatch.setattr("varpi.methods.va_pi.load_perceptual", refuse)
+    monkeypatch.setattr("varpi.methods.rewards.load_perceptual", refuse)
     monkeypatch.setattr("varpi.methods.va_pi.open_generator", refuse)
     for settings in (
         ("method.prior_weight=0", "method.prior=kl"),

@@ -18,10 +18,10 @@ from varpi.evaluation.alignment import evaluate_alignment
 from varpi.evaluation.distribution import Settings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import Result
-from varpi.networks.classifier import load_perceptual
+from varpi.methods.rewards import Reward, load_reward_network
 from varpi.networks.extractors import load_extractor
 from varpi.networks.judge import embed, load_judge
-from varpi.recipe import Recipe, VaPi
+from varpi.recipe import Recipe
 from varpi.samples.reading import SampleSet, open_samples
 from varpi.sampling.settings import Sampling
 
@@ -146,16 +146,12 @@ def judge_alignment(
         raise VarpiError("--data is missing: the held-out images to measure alignment on")
     chosen: dict[str, Any] = {"perceptual_weight": 0.0}
     perceptual = None
-    if recipe is not None and isinstance(recipe.method, VaPi):
-        reward = recipe.method.reward
-        chosen = {
-            "mse_weight": reward.mse_weight,
-            "perceptual_weight": reward.perceptual_weight,
-            "prior_weight": recipe.method.prior_weight,
-            "context_noise": recipe.method.context_noise,
-        }
-        if reward.perceptual_weight > 0:
-            perceptual = load_perceptual(reward.perceptual, reward.perceptual_weights, device)
+    settings = {} if recipe is None else dict(recipe.method)
+    reward = settings.get("reward")
+    if isinstance(reward, Reward):
+        chosen = {"mse_weight": reward.mse_weight, "perceptual_weight": reward.perceptual_weight}
+        perceptual = load_reward_network(reward, device)
+    chosen |= {name: settings[name] for name in ("prior_weight", "context_noise") if name in settings}
     result = evaluate_alignment(
         generator,
         tokenizer,

@@ -1,5 +1,14 @@
-"""What a method is: a batch of images in, a loss out. One file each, readable beside its paper."""
+"""What a method is: a batch of images in, a loss out. One file each, readable beside its paper.
 
+A method is a module of this package, named as recipes name it, and found by that name. It has
+
+    Settings      a `varpi.recipe.MethodSection`: its keys in a recipe, each with a sentence, and what it needs
+    from_recipe   (recipe, num_classes, device) -> Method, which loads what the recipe names
+
+Modules without `Settings` are what methods share.
+"""
+
+import importlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,14 +61,6 @@ def build_method(recipe: Recipe, num_classes: int | None, device: str) -> Method
 
     num_classes: of the data; None for captions.
     """
-    match recipe.method.name:
-        case "va_pi":
-            from .va_pi import from_recipe
-        case "next_token":
-            from .next_token import from_recipe
-        case "vq_tokenizer":
-            from .vq_tokenizer import from_recipe
-        case "classifier":
-            from .classifier import from_recipe
+    module = importlib.import_module(f"varpi.methods.{recipe.method.name}")
     torch.manual_seed(recipe.seed)  # for what starts from fresh weights
-    return from_recipe(recipe, num_classes, device)
+    return module.from_recipe(recipe, num_classes, device)

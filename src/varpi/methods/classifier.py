@@ -1,9 +1,10 @@
 """Trains a small convolutional classifier: the embedded digits' perceptual network, and, separately, their judge."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from varpi.data import Batch
@@ -11,10 +12,16 @@ from varpi.errors import VarpiError
 from varpi.methods import Outcome
 from varpi.networks.classifier import save_classifier
 from varpi.networks.convnet import SmallConvNet
-from varpi.recipe import Classifier as Settings
-from varpi.recipe import Recipe
+from varpi.recipe import Count, Int, MethodSection, Recipe
 from varpi.runtime.processes import autocast
 from varpi.runtime.stages import Stages
+
+
+class Settings(MethodSection):
+    """Trains a small convolutional classifier, whose features judge or reward the embedded digits."""
+
+    channels: tuple[Count, ...] = (16, 32, 64)
+    num_classes: Annotated[Int, Field(ge=2)] = 10
 
 
 class Classifier:

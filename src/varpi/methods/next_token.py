@@ -12,14 +12,22 @@ from varpi import objective
 from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
-from varpi.recipe import NextToken as Settings
-from varpi.recipe import Recipe
+from varpi.recipe import MethodSection, Recipe, Share
 from varpi.runtime.processes import autocast
 from varpi.runtime.randomness import Stream, uniforms
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import Tokenizer
 from varpi.weights import save_generator
 from varpi.weights.pair import load_pair
+
+
+class Settings(MethodSection):
+    """Plain teacher-forced training: cross-entropy of the true tokens under the true context."""
+
+    needs = ("generator", "tokenizer")
+
+    condition_drop: Share = 0.1
+    """Probability that an image's condition is replaced by the null condition."""
 
 
 class NextToken:

@@ -14,13 +14,25 @@ from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
 from varpi.networks.classifier import load_perceptual
-from varpi.recipe import Recipe
-from varpi.recipe import VqTokenizer as Settings
+from varpi.recipe import MethodSection, Recipe, Weight
 from varpi.runtime.processes import autocast
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import VQ
 from varpi.weights import save_tokenizer
 from varpi.weights.pair import open_tokenizer
+
+
+class Settings(MethodSection):
+    """Trains a VQ tokenizer by reconstruction (VQ-VAE, arXiv 1711.00937, with unit-norm codes)."""
+
+    needs = ("tokenizer",)
+
+    mse_weight: Weight = 1.0
+    perceptual_weight: Weight = 0.0
+    """Weight of the embedded `digits` perceptual distance."""
+    commitment_weight: Weight = 0.25
+    usage_weight: Weight = 0.0
+    """Weight of the distance from each code to its nearest latent of the batch, which keeps all codes in use."""
 
 
 class VqTokenizer:

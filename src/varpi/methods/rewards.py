@@ -1,0 +1,67 @@
+"""The pixel reward that several methods share: its settings, the networks it needs, and the scoring of samples.
+
+B images, G samples per image, N tokens per image.
+"""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from varpi import objective
+from varpi.networks.classifier import load_perceptual
+from varpi.objective.rewards import Perceptual
+from varpi.recipe import Count, Section, Weight
+from varpi.runtime.processes import autocast
+from varpi.tokenizers import Tokenizer
+
+
+class Reward(Section):
+    """Paper Eq. 10: minus the weighted sum of pixel and perceptual distances. A weight of 0 computes nothing."""
+
+    mse_weight: Weight = 1.0
+    """Mean squared error over channels and pixels, images in [-1,1]."""
+    perceptual_weight: Weight = 1.0
+    l1_weight: Weight = 0.0
+    perceptual: Literal["lpips-vgg", "lpips-alex", "digits"] = "lpips-vgg"
+    """The network of the perceptual distance; `digits` is the embedded one."""
+    perceptual_weights: str | None = None
+    """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
+    decode_batch: Count = 16
+    """Token sequences decoded at once; bounds memory, changes no number."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the decoder and the perceptual network."""
+
+    @model_validator(mode="after")
+    def _some_reward(self) -> Self:
+        if self.mse_weight == self.perceptual_weight == self.l1_weight == 0:
+            raise ValueError("every weight is 0; at least one must be positive")
+        if self.perceptual_weights is not None and not (
+            self.perceptual_weight > 0 and self.perceptual.startswith("lpips")
+        ):
+            raise ValueError("perceptual_weights is given but no LPIPS network is used")
+        return self
+
+
+def load_reward_network(reward: Reward, device: str) -> Perceptual | None:
+    """The network of the perceptual distance; None when its weight is 0."""
+    if reward.perceptual_weight == 0:
+        return None
+    return load_perceptual(reward.perceptual, reward.perceptual_weights, device)
+
+
+@torch.no_grad()
+def pixel_rewards(
+    reward: Reward, tokenizer: Tokenizer, samples: Tensor, images: Tensor, perceptual: Perceptual | None
+) -> objective.Rewards:
+    """Rewards of samples, int64 (B,G,N), against their images (B,3,H,W) in [-1,1], decoded in `reward.precision`."""
+    with autocast(images.device, reward.precision):
+        return objective.score_samples(
+            tokenizer.decode,
+            samples,
+            images,
+            objective.RewardWeights(reward.mse_weight, reward.perceptual_weight, reward.l1_weight),
+            perceptual=perceptual,
+            chunk=reward.decode_batch,
+        )
