@@ -21,7 +21,7 @@ from torchvision.models import vgg16
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig
-from varpi.networks.classifier import load_perceptual
+from varpi.networks.loading import load_perceptual
 from varpi.objective import Perceptual
 from varpi.weights.names import generator_config
 

@@ -34,7 +34,8 @@ from varpi.evaluation.distances import kernel_distance, precision_recall
 from varpi.evaluation.distribution import Settings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.statistics import frechet, moments
-from varpi.networks.extractors import PRECISIONS, FeatureExtractor, load_extractor
+from varpi.networks.extractors import FeatureExtractor
+from varpi.networks.loading import PRECISIONS, load_extractor
 from varpi.samples.images import save_npz, save_png
 from varpi.samples.reading import image_files, open_samples
 

@@ -112,7 +112,7 @@ def test_the_fréchet_distance_is_the_function_of_the_features(samples: Path, tm
 
     from varpi.data import open_dataset
     from varpi.data.pixels import from_uint8
-    from varpi.networks.judge import embed, load_judge
+    from varpi.networks.digits import embed, load_judge
 
     judge, digits = load_judge(), open_dataset("digits", image_size=32, split="test")
     real = embed(judge, torch.stack([digits[i].image for i in range(len(digits))]))[0]

@@ -14,8 +14,8 @@ from varpi.evaluation.distribution import METRICS, Settings, evaluate_distributi
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import differences, read_result, write_result
 from varpi.evaluation.statistics import frechet, moments
-from varpi.networks.extractors import load_extractor
-from varpi.networks.judge import embed, load_judge
+from varpi.networks.digits import embed, load_judge
+from varpi.networks.loading import load_extractor
 from varpi.runtime.processes import World
 from varpi.samples.images import save_npz, save_png
 from varpi.samples.reading import open_samples

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from varpi.errors import VarpiError
+from varpi.evaluation.detections import Found, read_detections, write_detections
 from varpi.evaluation.geneval import (
     TASKS,
     evaluate_geneval,
@@ -18,7 +19,6 @@ from varpi.evaluation.geneval import (
     write_geneval_folder,
 )
 from varpi.evaluation.result import differences, read_result, write_result
-from varpi.networks.detectors import Found, read_detections, write_detections
 
 # -- rules
 

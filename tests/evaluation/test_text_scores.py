@@ -16,7 +16,8 @@ from PIL import Image
 
 from varpi.errors import VarpiError
 from varpi.evaluation.result import differences, read_result, write_result
-from varpi.evaluation.text_scores import HpsScorer, clip_scores, evaluate_text, fit_longer_side, hps_scores
+from varpi.evaluation.text_scores import clip_scores, evaluate_text, hps_scores
+from varpi.networks.hps import HpsScorer, fit_longer_side
 from varpi.samples.images import save_npz, save_png
 
 open_clip = pytest.importorskip("open_clip")

@@ -12,8 +12,7 @@ from varpi.data import Batches, open_dataset
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGenConfig
 from varpi.methods import Method, build_method
-from varpi.networks.classifier import load_classifier
-from varpi.networks.convnet import SmallConvNet
+from varpi.networks.convnet import SmallConvNet, load_classifier
 from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
 from varpi.runtime.randomness import Stream, uniforms

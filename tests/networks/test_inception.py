@@ -18,7 +18,9 @@ from torchvision import transforms
 from varpi.errors import VarpiError
 from varpi.evaluation.distribution import Settings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
-from varpi.networks.extractors import INCEPTION_FILE, _resize_like_pillow, load_extractor
+from varpi.networks.dinov2 import _resize_like_pillow
+from varpi.networks.inception import INCEPTION_FILE
+from varpi.networks.loading import load_extractor
 from varpi.samples.images import save_png
 from varpi.samples.reading import open_samples
 

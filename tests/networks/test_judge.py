@@ -8,9 +8,8 @@ from varpi.data import open_dataset
 from varpi.data.pixels import from_uint8, to_uint8
 from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
-from varpi.networks.classifier import load_classifier, save_classifier
-from varpi.networks.convnet import SmallConvNet
-from varpi.networks.judge import embed, load_judge
+from varpi.networks.convnet import SmallConvNet, load_classifier, save_classifier
+from varpi.networks.digits import embed, load_judge
 from varpi.weights import embedded
 
 

@@ -138,7 +138,8 @@ def _judge(options: argparse.Namespace) -> Any:
     if judging.is_run(source):
         source = _samples_of_run(options, source, world)
     if options.kind == "text":
-        from varpi.evaluation.text_scores import CLIP_B32, METRICS, evaluate_text
+        from varpi.evaluation.text_scores import METRICS, evaluate_text
+        from varpi.networks.clip import CLIP_B32
 
         return evaluate_text(
             source,
@@ -152,7 +153,8 @@ def _judge(options: argparse.Namespace) -> Any:
         )
     if options.kind == "geneval":
         from varpi.evaluation.geneval import evaluate_geneval
-        from varpi.networks.detectors import CLIP_L14, MASK2FORMER, ClipColorist, Mask2FormerDetector
+        from varpi.networks.clip import CLIP_L14, ClipColorist
+        from varpi.networks.mask2former import MASK2FORMER, Mask2FormerDetector
 
         if metrics is not None:
             raise VarpiError("--metrics: geneval has one fixed set of them")

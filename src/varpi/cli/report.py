@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
 
         page = report_run(Path(options.run_directory), per_condition=options.samples, device=device)
     else:
-        from varpi.networks.extractors import load_extractor
+        from varpi.networks.loading import load_extractor
         from varpi.report.compare import read_named, report_comparison
 
         if options.output is None:

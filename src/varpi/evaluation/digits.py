@@ -11,7 +11,7 @@ import torch
 from varpi.errors import VarpiError
 from varpi.evaluation.distances import Features, frechet_distance, precision_recall
 from varpi.networks.convnet import SmallConvNet
-from varpi.networks.judge import embed
+from varpi.networks.digits import embed
 
 
 def measure(

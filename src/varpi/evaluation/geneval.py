@@ -1,7 +1,7 @@
 """GenEval: whether an image shows the objects, colours and places that its prompt asks for.
 
 Ghosh et al. 2023 (arXiv 2310.11513); the rules are those of the original's evaluate_images.py and summary_scores.py.
-The rules know no model: they judge detections, which `varpi.networks.detectors` makes, or any other detector.
+The rules know no model: they judge detections, which `varpi.evaluation.detections` makes or reads.
 """
 
 import hashlib
@@ -18,9 +18,7 @@ import numpy as np
 from varpi.data.images import decode
 from varpi.data.prompts import GENEVAL_COLORS, read_geneval_metadata
 from varpi.errors import VarpiError
-from varpi.evaluation.result import Result
-from varpi.networks.detectors import (
-    OBJECT_NAMES,
+from varpi.evaluation.detections import (
     Boxes,
     Colorist,
     Colors,
@@ -30,6 +28,8 @@ from varpi.networks.detectors import (
     read_detections,
     write_detections,
 )
+from varpi.evaluation.result import Result
+from varpi.networks.mask2former import OBJECT_NAMES
 from varpi.runtime.files import write_text
 from varpi.samples.images import save_png
 from varpi.samples.reading import SampleSet, open_samples

@@ -19,8 +19,8 @@ from varpi.evaluation.distribution import Settings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import Result
 from varpi.methods.rewards import Reward, load_reward_network
-from varpi.networks.extractors import load_extractor
-from varpi.networks.judge import embed, load_judge
+from varpi.networks.digits import embed, load_judge
+from varpi.networks.loading import load_extractor
 from varpi.recipe import Recipe
 from varpi.samples.reading import SampleSet, open_samples
 from varpi.sampling.settings import Sampling

@@ -21,120 +21,15 @@ from varpi.data.prompts import read_prompts
 from varpi.errors import VarpiError
 from varpi.evaluation.geneval import digest_of, prompt_folders, sampling_settings
 from varpi.evaluation.result import Result
-from varpi.networks.detectors import architecture_name, load_open_clip, load_transformers
-from varpi.runtime.files import line
+from varpi.networks.clip import CLIP_B32, ClipScorer
+from varpi.networks.foreign import Architecture
+from varpi.networks.hps import HpsScorer
 from varpi.samples.reading import SampleSet, contents_sha256, image_files, open_samples
 
 METRICS = ("clip", "hps")
-CLIP_B32 = "openai/clip-vit-base-patch32"
-HPS_REPOSITORY = "xswu/HPSv2"
-HPS_FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
-Architecture = str | Mapping[str, Any]
-
-
-class ClipScorer:
-    """The cosine of transformers' CLIP, images as its processor prepares them, prompts cut to what it can read.
-
-    source: a directory in transformers' layout or a Hub id. AR-GRPO's code takes openai/clip-vit-base-patch32.
-    Raises VarpiError when nothing is there, it is no CLIP or incomplete, or a package is missing.
-    """
-
-    name = "clip_score"
-
-    def __init__(self, source: str | Path = CLIP_B32, *, device: torch.device | str = "cpu") -> None:
-        model, folder, digest = load_transformers("CLIPModel", source, "the CLIP score")
-        from transformers import CLIPProcessor
-
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            # transformers would make an empty tokenizer up
-            raise VarpiError(f"{source}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-        try:
-            self._processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # which exception a damaged file raises depends on what is damaged
-            raise VarpiError(f"{source}: its processor and tokenizer cannot be loaded ({line(error)})") from error
-        self.source, self.device = str(source), torch.device(device)
-        self.identity = {"model": "clip", "sha256": digest}  # what the scores depend on
-        self._model = model.to(self.device)
-        self._length = model.config.text_config.max_position_embeddings
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The scores float32 (B,), on the CPU, of images uint8 (B,3,H,W) with their prompts."""
-        inputs = self._processor(
-            text=list(prompts),
-            images=list(images),
-            padding=True,
-            truncation=True,
-            max_length=self._length,
-            return_tensors="pt",
-        ).to(self.device)
-        outputs = self._model(**inputs)  # embeddings of length 1
-        return (outputs.image_embeds * outputs.text_embeds).sum(dim=-1).float().cpu()
-
-
-class HpsScorer:
-    """The human preference score v2 (Wu et al. 2023, arXiv 2306.09341): the cosine of a ViT-H/14 of open_clip.
-
-    Images are brought to the network's size by their longer side and padded with black, as in the original.
-
-    weights: the checkpoint, a file or Hub id; by default xswu/HPSv2's of `version`, "v2.1" or "v2.0".
-    architecture: a name or configuration of open_clip.
-    Raises VarpiError for another version, a checkpoint that is not there or does not fit, or a missing package.
-    """
-
-    def __init__(
-        self,
-        weights: str | Path | None = None,
-        *,
-        version: str = "v2.1",
-        device: torch.device | str = "cpu",
-        architecture: Architecture = "ViT-H-14",
-    ) -> None:
-        if version not in HPS_FILES:
-            raise VarpiError(f"there is no HPS {version!r}; there are {', '.join(HPS_FILES)}")
-        file = HPS_FILES[version]
-        source = f"{HPS_REPOSITORY}:{file}" if weights is None else str(weights)
-        others = [other for other, name in HPS_FILES.items() if name == source.rpartition(":")[2].rpartition("/")[2]]
-        if others and version not in others:
-            raise VarpiError(f"{source}: is HPS {others[0]}'s file by its name, and {version} was asked for")
-        what = f"HPS {version}, file {file} of huggingface.co/{HPS_REPOSITORY}"
-        self._model, digest = load_open_clip(architecture, source, what)
-        import open_clip
-
-        self.name, self.source, self.device = f"hps_{version}", source, torch.device(device)
-        self.identity = {"model": architecture_name(architecture), "sha256": digest}
-        self._model.to(self.device)
-        self._tokenizer = open_clip.SimpleTokenizer(context_length=self._model.context_length)
-        self._mean, self._deviation = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The scores float32 (B,), on the CPU, of images uint8 (B,3,H,W) with their prompts."""
-        pixels = fit_longer_side(images.to(self.device).float() / 255, max(self._model.visual.image_size))
-        from torchvision.transforms import functional as transforms  # two seconds that only this needs
-
-        pixels = transforms.normalize(pixels, self._mean, self._deviation)
-        image_features = self._model.encode_image(pixels, normalize=True)
-        text_features = self._model.encode_text(self._tokenizer(list(prompts)).to(self.device), normalize=True)
-        return (image_features * text_features).sum(dim=-1).cpu()
 
 
 Scorer = ClipScorer | HpsScorer
-
-
-def fit_longer_side(images: Tensor, size: int) -> Tensor:
-    """Resize images (B,3,H,W) so that their longer side is `size`, bicubic; pad the other with 0 on both sides."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as transforms
-
-    height, width = images.shape[-2:]
-    if max(height, width) == size:
-        new = [height, width]
-    else:
-        new = [round(side * size / max(height, width)) for side in (height, width)]
-        images = transforms.resize(images, new, InterpolationMode.BICUBIC, antialias=True)
-    down, right = size - new[0], size - new[1]
-    return transforms.pad(images, [right // 2, down // 2, right - right // 2, down - down // 2])
 
 
 def clip_scores(

@@ -10,8 +10,7 @@ from torch import Tensor
 from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
-from varpi.networks.classifier import save_classifier
-from varpi.networks.convnet import SmallConvNet
+from varpi.networks.convnet import SmallConvNet, save_classifier
 from varpi.recipe import Count, Int, MethodSection, Recipe
 from varpi.runtime.processes import autocast
 from varpi.runtime.stages import Stages

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from varpi import objective
-from varpi.networks.classifier import load_perceptual
+from varpi.networks.loading import load_perceptual
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import Count, Section, Weight
 from varpi.runtime.processes import autocast

@@ -13,7 +13,7 @@ from torch import Tensor
 from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
-from varpi.networks.classifier import load_perceptual
+from varpi.networks.loading import load_perceptual
 from varpi.recipe import MethodSection, Recipe, Weight
 from varpi.runtime.processes import autocast
 from varpi.runtime.stages import Stages

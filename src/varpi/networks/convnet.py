@@ -4,12 +4,17 @@ One class, two jobs that must never share weights: the reward's features (percep
 B images, C channels of a map, D embedding width.
 """
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
+from varpi.runtime.files import write_aside
+from varpi.runtime.tensors import read_checkpoint
 
 _NORM_GROUPS = 8
 
@@ -66,3 +71,25 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
             nn.ReLU(),
         ]
     return nn.Sequential(*layers)
+
+
+def save_classifier(
+    network: SmallConvNet, path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], extra: Mapping[str, str]
+) -> None:
+    """Write a classifier's full weights as safetensors with its configuration inside."""
+    config = {"channels": list(network.channels), "num_classes": network.num_classes}
+    description = {"format": 1, "kind": "classifier", "architecture": "small-conv-net", "config": config}
+    metadata = {"format": "pt", **extra, "varpi": json.dumps(description)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    write_aside(path, lambda aside: save_file(tensors, aside, metadata=metadata))
+
+
+def load_classifier(path: str | os.PathLike[str], device: str = "cpu") -> SmallConvNet:
+    """A classifier that `save_classifier` wrote, frozen, in eval mode."""
+    checkpoint = read_checkpoint(path)
+    description = json.loads(checkpoint.metadata.get("varpi", "{}"))
+    if description.get("kind") != "classifier":
+        raise VarpiError(f"{os.fspath(path)}: holds no classifier that varpi wrote")
+    network = SmallConvNet(**description["config"])
+    network.load_state_dict(checkpoint.tensors)
+    return network.requires_grad_(False).eval().to(device)

@@ -17,7 +17,7 @@ import torch
 from varpi.data import Dataset, open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
-from varpi.networks.judge import embed, load_judge
+from varpi.networks.digits import embed, load_judge
 from varpi.recipe import load_recipe
 from varpi.report import RunReport, TableRow, write
 from varpi.report.run import costs, decode, environment, reconstructions, sample_grid
