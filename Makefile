@@ -37,7 +37,7 @@ soak: env
 # In this order: the generator is trained on the tokens of the tokenizer before it. Interrupted, it continues.
 embedded: env
 	$(BIN)/python -m varpi.embedded.text
-	for part in features judge tokenizer generator; do \
+	for part in perceptual judge tokenizer generator; do \
 		$(BIN)/varpi train digits-$$part --output runs/embedded/$$part --resume && \
 		cp runs/embedded/$$part/model.safetensors src/varpi/embedded/digits-$$part.safetensors || exit 1; \
 	done

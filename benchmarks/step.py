@@ -193,9 +193,9 @@ def count(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         forward = count_tflop(lambda: model.logits(tokens, condition))
         encode = count_tflop(lambda: tokenizer.encode(image))
         decode = count_tflop(lambda: tokenizer.decode(tokens))
-        features = count_tflop(lambda: perceptual.features(image)) if perceptual is not None else 0.0
+        maps = count_tflop(lambda: perceptual.maps(image)) if perceptual is not None else 0.0
     images, group = options.images, options.group_size
-    same = {"encode": images * encode, "reward": images * (group * decode + (group + 1) * features)}
+    same = {"encode": images * encode, "reward": images * (group * decode + (group + 1) * maps)}
     shared = {**same, "transformer": images * forward, "backward": images * 2 * forward}
     naive = {**same, "transformer": images * (1 + group) * forward, "backward": images * group * 2 * forward}
     return {name: {**part, "step": sum(part.values())} for name, part in (("shared", shared), ("naive", naive))}

@@ -20,7 +20,7 @@ from varpi.evaluation.alignment import METRICS, evaluate_alignment
 from varpi.evaluation.result import Result, differences, read_result, write_result
 from varpi.generators import LlamaGen
 from varpi.networks.convnet import SmallConvNet
-from varpi.networks.perceptual import ConvFeatures
+from varpi.networks.perceptual import ConvPerceptual
 from varpi.sampling.settings import Sampling
 
 CODES, TOKENS = 9, 4
@@ -214,7 +214,7 @@ def test_round_trip() -> None:
 
 def test_perceptual_distance_is_part_of_the_reward(images: Any) -> None:
     torch.manual_seed(7)
-    perceptual = ConvFeatures(SmallConvNet((8, 8)))
+    perceptual = ConvPerceptual(SmallConvNet((8, 8)))
     settings = {"mse_weight": 0.5, "perceptual_weight": 3.0, "samples_per_image": 2}
     result = evaluate(tiny.generator(), tiny.tokenizer(), images, perceptual=perceptual, **settings)
     distances = result.details["distances"]
@@ -222,7 +222,7 @@ def test_perceptual_distance_is_part_of_the_reward(images: Any) -> None:
     assert distances["perceptual"] > 0
     expected = -0.5 * distances["mse"] - 3 * distances["perceptual"]
     assert result.metrics["reconstruction_reward"] == pytest.approx(expected, abs=1e-6)
-    other = ConvFeatures(SmallConvNet((8, 8)))
+    other = ConvPerceptual(SmallConvNet((8, 8)))
     another = evaluate(tiny.generator(), tiny.tokenizer(), images, perceptual=other, **settings)
     with pytest.raises(VarpiError, match=r"another evaluator \(perceptual\)"):
         differences({"one": result, "another": another})

@@ -10,10 +10,10 @@ from varpi.networks.convnet import SmallConvNet
 def test_shapes_and_consistency():
     network = SmallConvNet((8, 16, 24), num_classes=5)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert [tuple(f.shape) for f in network.features(images)] == [(2, 8, 32, 32), (2, 16, 16, 16), (2, 24, 8, 8)]
-    assert all(f.min() >= 0 for f in network.features(images))
+    assert [tuple(f.shape) for f in network.maps(images)] == [(2, 8, 32, 32), (2, 16, 16, 16), (2, 24, 8, 8)]
+    assert all(f.min() >= 0 for f in network.maps(images))
     embedding = network.embedding(images)
-    assert torch.allclose(embedding, network.features(images)[-1].mean(dim=(2, 3)))
+    assert torch.allclose(embedding, network.maps(images)[-1].mean(dim=(2, 3)))
     assert torch.equal(network.head(embedding), network.logits(images))
     assert torch.equal(network(images), network.logits(images))
     assert network.logits(images).shape == (2, 5)

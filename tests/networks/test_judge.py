@@ -117,7 +117,7 @@ def test_load_classifier_refuses_other_files(tmp_path):
 
 def test_judge_and_reward_are_different_networks():
     judge = load_judge()
-    reward = load_classifier(embedded("digits", "features"))
+    reward = load_classifier(embedded("digits", "perceptual"))
     assert judge.channels != reward.channels
     digits = open_dataset("digits", image_size=32, split="test")
     real = torch.stack([digits[i].image for i in range(200)])

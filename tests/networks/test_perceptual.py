@@ -10,7 +10,7 @@ import torch
 
 from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet
-from varpi.networks.perceptual import LPIPS, ConvFeatures
+from varpi.networks.perceptual import LPIPS, ConvPerceptual
 
 
 def package_with_random_trunk(net: str) -> lpips.LPIPS:
@@ -37,7 +37,7 @@ def test_equals_the_package(pair: tuple[LPIPS, lpips.LPIPS]):
     ours, theirs = pair
     a, b = torch.rand(3, 3, 64, 64) * 2 - 1, torch.rand(3, 3, 64, 64) * 2 - 1
     expected = theirs(a, b).flatten()
-    distance = ours.distance(ours.features(a), ours.features(b))
+    distance = ours.distance(ours.maps(a), ours.maps(b))
     assert distance.shape == (3,)
     assert torch.allclose(distance, expected, rtol=1e-4)
     assert distance.min() > 0
@@ -46,23 +46,23 @@ def test_equals_the_package(pair: tuple[LPIPS, lpips.LPIPS]):
 def test_one_reference_serves_consecutive_images(pair: tuple[LPIPS, lpips.LPIPS]):
     ours, _ = pair
     samples, targets = torch.rand(4, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
-    shared = ours.distance(ours.features(samples), ours.features(targets))
-    repeated = ours.distance(ours.features(samples), ours.features(targets.repeat_interleave(2, dim=0)))
+    shared = ours.distance(ours.maps(samples), ours.maps(targets))
+    repeated = ours.distance(ours.maps(samples), ours.maps(targets.repeat_interleave(2, dim=0)))
     assert torch.allclose(shared, repeated, rtol=1e-5)
     with pytest.raises(VarpiError, match="3 images are no multiple of 2 references"):
-        ours.distance(ours.features(samples[:3]), ours.features(targets))
+        ours.distance(ours.maps(samples[:3]), ours.maps(targets))
 
 
 def test_bfloat16_autocast_and_channels_last_agree(pair: tuple[LPIPS, lpips.LPIPS]):
     ours, _ = pair
     a, b = torch.rand(4, 3, 64, 64) * 2 - 1, torch.rand(4, 3, 64, 64) * 2 - 1
-    exact = ours.distance(ours.features(a), ours.features(b))
+    exact = ours.distance(ours.maps(a), ours.maps(b))
     last = [x.to(memory_format=torch.channels_last) for x in (a, b)]
-    assert torch.allclose(ours.distance(*(ours.features(x) for x in last)), exact, rtol=1e-4)
+    assert torch.allclose(ours.distance(*(ours.maps(x) for x in last)), exact, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        features = [ours.features(x) for x in last]
-        rough = ours.distance(*features)
-    assert features[0][0].dtype == torch.bfloat16
+        maps = [ours.maps(x) for x in last]
+        rough = ours.distance(*maps)
+    assert maps[0][0].dtype == torch.bfloat16
     assert rough.dtype == torch.float32
     assert torch.allclose(rough, exact, rtol=0.03)
 
@@ -72,7 +72,7 @@ def test_is_frozen_but_lets_gradients_reach_the_image(pair: tuple[LPIPS, lpips.L
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     image = (torch.rand(1, 3, 64, 64) * 2 - 1).requires_grad_()
     target = torch.zeros(1, 3, 64, 64)
-    ours.distance(ours.features(image), ours.features(target)).sum().backward()
+    ours.distance(ours.maps(image), ours.maps(target)).sum().backward()
     assert image.grad is not None
     assert image.grad.isfinite().all()
     assert image.grad.abs().sum() > 0
@@ -124,9 +124,9 @@ def test_bad_weights_files_are_named(tmp_path: Path):
         LPIPS("resnet")
 
 
-def test_conv_features_distance_by_hand():
+def test_conv_distance_by_hand():
     """Two layers of one position: orthogonal unit vectors are 2 apart, equal directions 0; the mean is 1."""
-    perceptual = ConvFeatures(SmallConvNet((8,), 2))
+    perceptual = ConvPerceptual(SmallConvNet((8,), 2))
     right, up = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])
     maps = [vector.reshape(1, 2, 1, 1) for vector in (right, up, 2 * right)]
     assert perceptual.distance([maps[0], maps[0]], [maps[1], maps[2]]).tolist() == pytest.approx([1.0])
@@ -139,11 +139,11 @@ def test_conv_features_distance_by_hand():
     assert zero.grad.isfinite().all()
 
 
-def test_conv_features_separate_images_and_freeze_the_network():
+def test_conv_distance_separates_images_and_freeze_the_network():
     network = SmallConvNet((8, 16), 3)
-    perceptual = ConvFeatures(network)
+    perceptual = ConvPerceptual(network)
     images = torch.rand(4, 3, 16, 16) * 2 - 1
-    features = perceptual.features(images)
-    assert perceptual.distance(features, features).tolist() == [0.0] * 4
-    assert (perceptual.distance(features, [f.flip(0) for f in features]) > 0).all()
+    maps = perceptual.maps(images)
+    assert perceptual.distance(maps, maps).tolist() == [0.0] * 4
+    assert (perceptual.distance(maps, [one.flip(0) for one in maps]) > 0).all()
     assert not any(parameter.requires_grad for parameter in network.parameters())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet
-from varpi.networks.perceptual import ConvFeatures
+from varpi.networks.perceptual import ConvPerceptual
 from varpi.objective import RewardWeights, score_samples
 
 
@@ -16,12 +16,12 @@ class MeanColor:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         self.seen.append(images)
         return [images.mean(dim=(2, 3), keepdim=True)]
 
-    def distance(self, features: list[Tensor], reference: list[Tensor]) -> Tensor:
-        (left,), (right,) = features, reference
+    def distance(self, maps: list[Tensor], reference: list[Tensor]) -> Tensor:
+        (left,), (right,) = maps, reference
         right = right.repeat_interleave(left.shape[0] // right.shape[0], dim=0)
         return (left - right).abs().sum(dim=(1, 2, 3))
 
@@ -90,7 +90,7 @@ def test_each_sample_meets_its_own_image():
 
 def test_networks_and_decoders_get_no_gradient():
     scale = torch.ones((), requires_grad=True)
-    perceptual = ConvFeatures(SmallConvNet((8,), 2))
+    perceptual = ConvPerceptual(SmallConvNet((8,), 2))
     images = torch.randn(1, 3, 4, 4)
     rewards = score_samples(
         lambda tokens: scale * torch.ones(tokens.shape[0], 3, 4, 4),

@@ -53,7 +53,7 @@ def report() -> list[tuple[str, str]]:
     lines.append(("disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB free"))
     lines += _devices()
     lines.append(("bf16 on cuda", str(torch.cuda.is_bf16_supported()) if torch.cuda.is_available() else "no cuda"))
-    for kind in ("generator", "tokenizer", "features", "judge"):
+    for kind in ("generator", "tokenizer", "perceptual", "judge"):
         lines.append((f"embedded {kind}", _embedded(kind)))
     lines += [(f"weights for lpips-{net}", _trunk(net)) for net in NETS]
     return lines

@@ -24,7 +24,7 @@ from varpi.errors import VarpiError
 from varpi.evaluation.statistics import Moments, moments_of_parts
 from varpi.networks.extractors import FeatureExtractor
 from varpi.runtime.files import write_aside, write_text
-from varpi.samples.reading import Batch, SampleSet, contents_sha256
+from varpi.samples.reading import HashedImages, SampleSet, contents_sha256
 
 CHUNK = 512
 """Images in one file of features: 10 MB on Inception."""
@@ -73,7 +73,7 @@ class FeatureStore:
         with Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task(self.images.source, total=sum(map(len, ranges)))
             for number in missing:
-                parts: list[tuple[dict[str, Tensor], Batch]] = []
+                parts: list[tuple[dict[str, Tensor], HashedImages]] = []
                 while sum(len(batch.images) for _, batch in parts) < len(self.chunks[number]):
                     batch = next(batches)
                     parts.append((extractor(batch.images), batch))
@@ -134,7 +134,7 @@ class FeatureStore:
         expected = {name: (count, width) for name, width in self.streams.items()}
         return shapes == {**expected, _DIGESTS: (count, 32)}
 
-    def _write(self, number: int, parts: Sequence[tuple[dict[str, Tensor], Batch]]) -> None:
+    def _write(self, number: int, parts: Sequence[tuple[dict[str, Tensor], HashedImages]]) -> None:
         images = self.chunks[number]
         tensors = {_DIGESTS: torch.from_numpy(np.concatenate([batch.digests for _, batch in parts]))}
         for name, width in self.streams.items():

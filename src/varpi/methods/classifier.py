@@ -17,7 +17,7 @@ from varpi.runtime.stages import Stages
 
 
 class Settings(MethodSection):
-    """Trains a small convolutional classifier, whose features judge or reward the embedded digits."""
+    """Trains a small convolutional classifier, which judges or rewards the embedded digits."""
 
     channels: tuple[Count, ...] = (16, 32, 64)
     num_classes: Annotated[Int, Field(ge=2)] = 10

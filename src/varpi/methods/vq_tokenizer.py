@@ -63,8 +63,8 @@ class VqTokenizer:
             loss = loss + self.settings.usage_weight * usage
             metrics["usage"] = usage.detach()
         if self.perceptual is not None:
-            target = self.perceptual.features(batch.images)
-            distance = self.perceptual.distance(self.perceptual.features(images), target).mean()
+            target = self.perceptual.maps(batch.images)
+            distance = self.perceptual.distance(self.perceptual.maps(images), target).mean()
             loss = loss + self.settings.perceptual_weight * distance
             metrics["perceptual"] = distance.detach()
         return Outcome(loss, metrics)

@@ -1,6 +1,7 @@
-"""A small convolutional classifier whose intermediate maps serve as perceptual features, offline.
+"""A small convolutional classifier for images as small as the digits: its maps can reward, its embedding can evaluate.
 
-One class, two jobs that must never share weights: the reward's features (perceptual.ConvFeatures) and the judge's.
+One class, two jobs that must never share weights: the reward's perceptual distance (perceptual.ConvPerceptual) and the
+judge (digits.load_judge).
 B images, C channels of a map, D embedding width.
 """
 
@@ -22,7 +23,7 @@ _NORM_GROUPS = 8
 class SmallConvNet(nn.Module):
     """Stages of two 3x3 convolutions, halving the resolution between stages; a linear head on the pooled last map.
 
-    Group normalization rather than batch normalization: an image's features then depend on that image alone,
+    Group normalization rather than batch normalization: an image's maps then depend on that image alone,
     in training and in evaluation.
 
     Args:
@@ -41,7 +42,7 @@ class SmallConvNet(nn.Module):
         self.downsample = nn.MaxPool2d(2)
         self.head = nn.Linear(self.channels[-1], num_classes)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         """Maps after each stage: images (B,3,H,W) in [-1,1] -> [(B,C_i,H/2^i,W/2^i)], nonnegative."""
         maps: list[Tensor] = []
         hidden = images
@@ -52,7 +53,7 @@ class SmallConvNet(nn.Module):
 
     def embedding(self, images: Tensor) -> Tensor:
         """Spatial mean of the last map: (B,3,H,W) -> (B,D). `head` turns it into class logits."""
-        return self.features(images)[-1].mean(dim=(2, 3))
+        return self.maps(images)[-1].mean(dim=(2, 3))
 
     def logits(self, images: Tensor) -> Tensor:
         """Class logits: (B,3,H,W) -> (B,num_classes)."""

@@ -13,13 +13,13 @@ from varpi.data.pixels import from_uint8, to_uint8
 from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet, load_classifier
 from varpi.networks.extractors import Network, Streams, autocast_of
-from varpi.networks.perceptual import ConvFeatures
+from varpi.networks.perceptual import ConvPerceptual
 from varpi.runtime.tensors import embedded, sha256_of
 
 
-def load_digits_perceptual(device: str = "cpu") -> ConvFeatures:
+def load_digits_perceptual(device: str = "cpu") -> ConvPerceptual:
     """The perceptual distance that ships with the package; frozen."""
-    return ConvFeatures(load_classifier(embedded("digits", "features"))).to(device)
+    return ConvPerceptual(load_classifier(embedded("digits", "perceptual"))).to(device)
 
 
 def load_judge(device: str = "cpu") -> SmallConvNet:

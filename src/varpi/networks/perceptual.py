@@ -1,6 +1,6 @@
-"""Perceptual distances whose features can be computed once and compared many times.
+"""Perceptual distances: an image's maps are computed once and compared many times.
 
-n images on the left of a distance, m on the right, C channels of a feature map.
+n images on the left of a distance, m on the right, C channels of a map.
 """
 
 import warnings
@@ -20,7 +20,7 @@ class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, version 0.1, frozen (the L_p of VA-π's reward).
 
     The networks and the calibrated layer weights are those of the `lpips` package, whose own call computes both images'
-    features every time. Works under autocast: the trunk then runs in the low precision, the distance in float32.
+    maps every time. Works under autocast: the trunk then runs in the low precision, the distance in float32.
 
     Args:
         net: "vgg" (VGG16, the paper's) or "alex" (AlexNet).
@@ -50,21 +50,21 @@ class LPIPS(nn.Module):
         )
         self.eval().requires_grad_(False)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         """Five maps of the trunk, after the last ReLU of each resolution: images (n,3,H,W) in [-1,1] -> [(n,C,h,w)]."""
         return list(self.trunk(self.scaling_layer(images)))
 
-    def distance(self, features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """float32 (n,), >= 0, from features of n images and of m references; see Perceptual.distance."""
-        layers = zip(features, reference, self.layer_weights, strict=True)
+    def distance(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """float32 (n,), >= 0, from maps of n images and of m references; see Perceptual.distance."""
+        layers = zip(maps, reference, self.layer_weights, strict=True)
         # A product and a sum, not a matrix product, which autocast would round to the low precision.
         return torch.stack([(_unit_difference(a, b) * weight.float()).sum(dim=1) for a, b, weight in layers]).sum(dim=0)
 
 
-class ConvFeatures(nn.Module):
+class ConvPerceptual(nn.Module):
     """Perceptual distance on the maps of a trained SmallConvNet, frozen: the embedded default's reward.
 
-    As LPIPS without calibrated weights: unit-normalized features, squared difference summed over channels, mean over
+    As LPIPS without calibrated weights: unit-normalized maps, squared difference summed over channels, mean over
     space, mean over layers.
 
     Args:
@@ -76,29 +76,29 @@ class ConvFeatures(nn.Module):
         self.network = network
         self.eval().requires_grad_(False)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         """The network's maps: images (n,3,H,W) in [-1,1] -> [(n,C,h,w)]."""
-        return self.network.features(images)
+        return self.network.maps(images)
 
-    def distance(self, features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
-        """float32 (n,) in [0,2], from features of n images and of m references; see Perceptual.distance."""
-        layers = zip(features, reference, strict=True)
+    def distance(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """float32 (n,) in [0,2], from maps of n images and of m references; see Perceptual.distance."""
+        layers = zip(maps, reference, strict=True)
         return torch.stack([_unit_difference(a, b).sum(dim=1) for a, b in layers]).mean(dim=0)
 
 
-def _unit_difference(features: Tensor, reference: Tensor) -> Tensor:
+def _unit_difference(maps: Tensor, reference: Tensor) -> Tensor:
     """Spatial mean, per channel, of the squared difference of unit vectors: (n,C,h,w), (m,C,h,w) -> float32 (n,C)."""
     count = reference.shape[0]
-    if features.shape[0] % count:
-        raise VarpiError(f"perceptual distance: {features.shape[0]} images are no multiple of {count} references")
-    left, right = _unit(features.float()), _unit(reference.float())
+    if maps.shape[0] % count:
+        raise VarpiError(f"perceptual distance: {maps.shape[0]} images are no multiple of {count} references")
+    left, right = _unit(maps.float()), _unit(reference.float())
     difference = left.unflatten(0, (count, -1)) - right.unsqueeze(1)
     return difference.square().mean(dim=(3, 4)).flatten(0, 1)
 
 
-def _unit(features: Tensor) -> Tensor:
+def _unit(maps: Tensor) -> Tensor:
     """Divide each position's channel vector by its length; a zero vector stays zero."""
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+    return maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10)
 
 
 def trunk_url(net: str) -> str:

@@ -15,16 +15,16 @@ from varpi.errors import VarpiError
 
 
 class Perceptual(Protocol):
-    """A distance between images that is a distance between their features."""
+    """A distance between images that is a distance between their maps."""
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images (n,3,H,W) in [-1,1], one tensor (n,C,h,w) per layer."""
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """A network's maps of images (n,3,H,W) in [-1,1], one tensor (n,C,h,w) per layer."""
         ...
 
-    def distance(self, features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    def distance(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
         """Distances float32 (n,) from n images to m references, n a multiple of m.
 
-        Each reference serves n/m consecutive images: the G samples of one target, without copies of its features.
+        Each reference serves n/m consecutive images: the G samples of one target, without copies of its maps.
         """
         ...
 
@@ -72,7 +72,7 @@ def score_samples(
     """Decode each sample and score it against its image.
 
     A chunk of sequences is decoded, scored and dropped before the next, so memory does not grow with B or G. An image's
-    own perceptual features are computed once and serve its G samples. Decoded images are not clamped, as in the
+    own perceptual maps are computed once and serve its G samples. Decoded images are not clamped, as in the
     released code: clamping would hide how far out of range a decode is.
 
     Args:
@@ -103,7 +103,7 @@ def score_samples(
     for first in range(0, batch, images_at_once):
         rows = slice(first, first + images_at_once)
         targets = images[rows].float()
-        target_features = perceptual.features(targets) if perceptual is not None and weights.perceptual > 0 else None
+        target_maps = perceptual.maps(targets) if perceptual is not None and weights.perceptual > 0 else None
         # Whole groups when they fit in a chunk, otherwise one image's group in several pieces.
         for start in range(0, group_size, chunk):
             columns = slice(start, start + chunk)
@@ -119,8 +119,8 @@ def score_samples(
                 parts["mse"][rows, columns] = error.square().mean(dim=(2, 3, 4))
             if "l1" in active:
                 parts["l1"][rows, columns] = error.abs().mean(dim=(2, 3, 4))
-            if perceptual is not None and target_features is not None:
-                distance = perceptual.distance(perceptual.features(decoded), target_features)
+            if perceptual is not None and target_maps is not None:
+                distance = perceptual.distance(perceptual.maps(decoded), target_maps)
                 parts["perceptual"][rows, columns] = distance.unflatten(0, piece.shape[:2])
 
     total = torch.zeros(batch, group_size, device=images.device)

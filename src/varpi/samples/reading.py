@@ -34,8 +34,8 @@ from varpi.runtime.files import line
 Source = str | os.PathLike[str]
 
 
-class Batch(NamedTuple):
-    """Consecutive images of a set."""
+class HashedImages(NamedTuple):
+    """Consecutive images of a set, each with its sha256."""
 
     images: Tensor
     """uint8 (B,3,H,W)."""
@@ -63,7 +63,7 @@ class SampleSet(ABC):
     def _arrays(self, ranges: Sequence[range]) -> Iterator[np.ndarray]:
         """The images of each range, uint8 (B,H,W,3); the ranges are ascending."""
 
-    def batches(self, ranges: Sequence[range], workers: int = 0) -> Iterator[Batch]:
+    def batches(self, ranges: Sequence[range], workers: int = 0) -> Iterator[HashedImages]:
         """The images of each of the ascending `ranges`, read ahead of their use.
 
         workers: processes that decode; 0 reads in a thread. Files of arrays are always read in a thread.
@@ -158,10 +158,10 @@ class _MappedImages(SampleSet):
     def _stack(self, images: range) -> np.ndarray:
         return np.stack([self.load(index) for index in images])
 
-    def batches(self, ranges: Sequence[range], workers: int = 0) -> Iterator[Batch]:
+    def batches(self, ranges: Sequence[range], workers: int = 0) -> Iterator[HashedImages]:
         return super().batches(ranges) if workers == 0 else self._from_workers(ranges, workers)
 
-    def _from_workers(self, ranges: Sequence[range], workers: int) -> Iterator[Batch]:
+    def _from_workers(self, ranges: Sequence[range], workers: int) -> Iterator[HashedImages]:
         loader = DataLoader(
             _InWorkers(self),
             sampler=list(ranges),  # type: ignore[arg-type] - an item of it is a whole batch
@@ -175,7 +175,7 @@ class _MappedImages(SampleSet):
             if isinstance(loaded, VarpiError):
                 raise loaded
             images, digests = loaded
-            yield Batch(images.permute(0, 3, 1, 2), digests)
+            yield HashedImages(images.permute(0, 3, 1, 2), digests)
 
 
 class _InWorkers(torch.utils.data.Dataset[Any]):
@@ -342,8 +342,8 @@ def _other_size(path: Path, shape: Sequence[int], first: Path, expected: Sequenc
     )
 
 
-def _hashed(array: np.ndarray) -> Batch:
-    return Batch(torch.from_numpy(array).permute(0, 3, 1, 2), _digests(array))
+def _hashed(array: np.ndarray) -> HashedImages:
+    return HashedImages(torch.from_numpy(array).permute(0, 3, 1, 2), _digests(array))
 
 
 def _digests(array: np.ndarray) -> np.ndarray:
@@ -351,7 +351,7 @@ def _digests(array: np.ndarray) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
 
 
-def _ahead(items: Iterator[Batch]) -> Iterator[Batch]:
+def _ahead(items: Iterator[HashedImages]) -> Iterator[HashedImages]:
     """The same items, each fetched by a thread while its predecessor is in use."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
