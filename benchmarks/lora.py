@@ -25,7 +25,8 @@ from varpi.methods.va_pi import VaPi
 from varpi.recipe import parse_recipe
 from varpi.runtime.processes import World
 from varpi.tokenizers import VQ, VQConfig
-from varpi.training.loop import Trainer, make_optimizer
+from varpi.training.loop import Trainer
+from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
 from varpi.weights.lora import add_adapters
 

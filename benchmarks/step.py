@@ -44,7 +44,8 @@ from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import VQ, VQConfig
-from varpi.training.loop import Trainer, make_optimizer
+from varpi.training.loop import Trainer
+from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
 
 STAGES = {

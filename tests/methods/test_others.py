@@ -17,7 +17,8 @@ from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
 from varpi.runtime.randomness import Stream, uniforms
 from varpi.tokenizers import VQConfig
-from varpi.training.loop import Trainer, make_optimizer
+from varpi.training.loop import Trainer
+from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_tokenizer, save_generator, save_tokenizer
 from varpi.weights.pair import load_pair, open_generator

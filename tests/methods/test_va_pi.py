@@ -25,7 +25,8 @@ from varpi.methods.va_pi import Rollout, Settings, VaPi
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
 from varpi.runtime.randomness import Stream, uniforms
-from varpi.training.loop import Trainer, make_optimizer
+from varpi.training.loop import Trainer
+from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_generator
 

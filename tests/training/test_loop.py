@@ -13,7 +13,9 @@ from varpi.errors import VarpiError
 from varpi.recipe import Optimizer
 from varpi.runtime.processes import World
 from varpi.training import read_metrics, train
-from varpi.training.loop import _train, learning_rate, make_optimizer
+from varpi.training.loop import _train
+from varpi.training.optimizer import learning_rate, make_optimizer
+from varpi.training.run_directory import RunLock
 from varpi.weights import load_generator
 
 # -- what a run is
@@ -22,6 +24,7 @@ from varpi.weights import load_generator
 def test_a_run_and_its_files(pair: Path, tmp_path: Path) -> None:
     run = quiet(tiny.recipe(pair, "training.save_every=2", "training.keep=2"), tmp_path / "run")
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "recipe.yaml",
         "data.json",
         "metrics.jsonl",
@@ -219,9 +222,10 @@ def test_resume_on_other_data(pair: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide(pair: Path, tmp_path: Path) -> None:
+    recipe, run = tiny.recipe(pair, "training.batch_size=7"), tmp_path / "run"
     with pytest.raises(VarpiError, match=r"training\.batch_size is 7; it must be a multiple of 2 processes"):
-        _train(tiny.recipe(pair, "training.batch_size=7"), tmp_path / "run", World(0, 2, "cpu"), False, False)
-    assert not (tmp_path / "run").exists()
+        _train(recipe, run, World(0, 2, "cpu"), RunLock(run), False, False)
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:1", ""])

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.cli.main import main
+from varpi.errors import VarpiError
 from varpi.training import read_metrics
 from varpi.training.logging import Logger
 
@@ -78,14 +79,73 @@ def test_a_half_written_log_line_is_dropped(pair: Path, tmp_path: Path, monkeypa
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_stays_as_it_is(pair: Path, tmp_path: Path) -> None:
-    run = quiet(tiny.recipe(pair, "training.steps=2"), tmp_path / "run")
-    before, model = contents(run), weights(run)
+def test_a_damaged_log_does_not_stop_a_healthy_run(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny.recipe(pair, "training.steps=4", "training.save_every=2")
+    through = quiet(recipe, tmp_path / "through")
+    run = tmp_path / "run"
+    crash(monkeypatch, recipe, run, 3)
+    good = (run / "metrics.jsonl").read_bytes().splitlines()
+    junk = [b"\xff\x00", b"[" * 100_000, b"[1, 2]", b'{"loss": 1}', b'{"step": "2"}', b"1" * 5000]
+    (run / "metrics.jsonl").write_bytes(b"\n".join([good[0], *junk, *good[1:]]) + b"\n")
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+    quiet(recipe, run, resume=True)
+    assert f"{run / 'metrics.jsonl'}: dropped 6 damaged line(s), the first is line 2" in caplog.text
+    assert numbers(run) == numbers(through)
+    assert same(weights(run), weights(through))
+
+
+def test_a_log_that_is_no_file(pair: Path, tmp_path: Path) -> None:
+    run = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(VarpiError, match=r"metrics\.jsonl: cannot be written to .*; move it away"):
+        quiet(tiny.recipe(pair, "training.steps=2"), run, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"[" * 100_000, b"\xff", b"7"])
+def test_a_damaged_note_on_the_data(pair: Path, tmp_path: Path, content: bytes) -> None:
+    run = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
+    (run / "data.json").write_bytes(content)
+    with pytest.raises(VarpiError, match=r"data\.json: does not say what data .* if it is the same, delete the file$"):
+        quiet(tiny.recipe(pair, "training.steps=2"), run, resume=True)
+    (run / "data.json").unlink()
     quiet(tiny.recipe(pair, "training.steps=2"), run, resume=True)
-    assert same(weights(run), model)
-    after = contents(run)
-    del before["model.safetensors"], after["model.safetensors"]  # written again, its metadata in any order
-    assert after == before
+    assert steps_saved(run) == [1, 2]
+
+
+def untouched(run: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file with the time it was last written."""
+    return {name: ((run / name).stat().st_mtime_ns, data) for name, data in contents(run).items()}
+
+
+@pytest.mark.parametrize("settings", [(), ("validation.every=1",)], ids=["plain", "validation"])
+def test_a_finished_run_stays_as_it_is(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    """No file is written again, and nothing is loaded."""
+    recipe = tiny.recipe(pair, "training.steps=2", *settings)
+    run = quiet(recipe, tmp_path / "run")
+    before = untouched(run)
+    monkeypatch.setattr("varpi.training.loop.open_batches", None)
+    monkeypatch.setattr("varpi.training.loop.build_method", None)
+    quiet(recipe, run, resume=True)
+    assert untouched(run) == before
+
+
+def test_a_finished_run_that_lost_its_weights_writes_them_again(pair: Path, tmp_path: Path) -> None:
+    """So does one that died before they were written, or was made longer and died then."""
+    run = quiet(tiny.recipe(pair, "training.steps=2"), tmp_path / "run")
+    short = (run / "model.safetensors").read_bytes()
+    quiet(tiny.recipe(pair, "training.steps=3"), run, resume=True)
+    whole = weights(run)
+    for left in (None, short):
+        (run / "model.safetensors").unlink()
+        if left is not None:
+            (run / "model.safetensors").write_bytes(left)
+        quiet(tiny.recipe(pair, "training.steps=3"), run, resume=True)
+        assert same(weights(run), whole)
 
 
 def test_a_run_that_lost_patience_is_finished(pair: Path, tmp_path: Path) -> None:
@@ -104,9 +164,9 @@ def test_a_run_that_lost_patience_is_finished(pair: Path, tmp_path: Path) -> Non
     assert len(losses) == best + 3 < 50
     with safe_open(run / "model.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == str(best + 1)
-    before = contents(run)
+    before = untouched(run)
     quiet(recipe, run, resume=True)
-    assert contents(run) == before
+    assert untouched(run) == before
 
 
 def test_longer_training_continues_a_finished_run(pair: Path, tmp_path: Path) -> None:
@@ -117,22 +177,32 @@ def test_longer_training_continues_a_finished_run(pair: Path, tmp_path: Path) ->
     assert numbers(run) == numbers(through)
 
 
-def test_sigterm_saves_and_exits_zero(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_has_an_exit_code(
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
     recipe = tiny.recipe(pair)
     through = quiet(recipe, tmp_path / "through")
     run = tmp_path / "run"
     log = Logger.log
 
-    def logged(self: Logger, number: int, metrics: dict[str, float]) -> None:
-        log(self, number, metrics)
-        if number == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def logged(self: Logger, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(Logger, "log", logged)
-        assert main(["train", str(pair / "va_pi.yaml"), "--output", str(run), "--device", "cpu"]) == 0
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert main(["train", str(pair / "va_pi.yaml"), "--output", str(run), "--device", "cpu"]) == code
+    assert signal.getsignal(number) is before
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"varpi train: stopped at step 3 of 6, saved in {run}; continue with --resume"
     assert steps_saved(run) == [3]
     assert not (run / "model.safetensors").exists()
     quiet(recipe, run, resume=True)
@@ -163,7 +233,7 @@ def test_sigkill_at_random_moments(pair: Path, tmp_path: Path) -> None:
         time.sleep(moments.random() * 0.05)
         process.send_signal(number)
         code = process.wait()
-        assert code == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        assert code == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     quiet(tiny.recipe(pair, *settings), run, resume=True)
     assert same(weights(run), weights(through))
     assert numbers(run) == numbers(through)

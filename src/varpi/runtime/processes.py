@@ -2,12 +2,19 @@
 
 import os
 import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from varpi.errors import VarpiError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,45 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done by the main process alone.
+
+        Raises:
+            VarpiError: on every process, when it was raised on the main one. Anything else is raised there alone.
+        """
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except VarpiError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[1] is not None:
+            raise VarpiError(outcome[1])
+        return outcome[0]
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Work on every process; what fails on one fails on all, so that none waits for it for ever.
+
+        Raises:
+            VarpiError: on every process, with the message of the first that failed.
+        """
+        problem: VarpiError | None = None
+        try:
+            work()
+        except VarpiError as error:
+            problem = error
+        if self.size == 1:
+            messages = [None if problem is None else str(problem)]
+        else:
+            messages = [None] * self.size
+            dist.all_gather_object(messages, None if problem is None else str(problem))
+        first = next((message for message in messages if message is not None), None)
+        if first is not None:
+            raise VarpiError(first) from problem
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over the processes, in float64."""
@@ -77,6 +123,21 @@ def join_world(device: str | None) -> World:
     return World(dist.get_rank(), size, device)
 
 
+@contextmanager
+def joined_world(device: str | None) -> Iterator[World]:
+    """`join_world`, and leave it in order: a process that is through waits for the others.
+
+    One that ended while others were still in their last exchange would take them down with it. After an exception there
+    is no waiting, for the others may never come.
+    """
+    world = join_world(device)
+    try:
+        yield world
+        world.barrier()
+    finally:
+        leave_world()
+
+
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -85,3 +146,35 @@ def leave_world() -> None:
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     """bf16 autocast when the recipe asks for it."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT asked for an end."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """The signal's number, or 0."""
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
+
+    Only the main thread can be told of signals; elsewhere nothing is ever requested.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,8 @@
 """What a run says while it works: metrics.jsonl, a live display, and TensorBoard or W&B where asked for."""
 
+import importlib.util
 import json
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from varpi.errors import VarpiError
 from varpi.recipe import Logging
-from varpi.runtime.files import write_text
+from varpi.runtime.files import line, write_text
+from varpi.runtime.processes import World
 
 Metrics = dict[str, float]
 
@@ -64,10 +67,10 @@ class Logger:
         if "loss" not in metrics:
             return
         shown = [("reward", "reward_mean"), ("loss", "loss"), ("tokens/s", "tokens_per_second")]
-        line = "  ".join(f"{label} {metrics[key]:.4g}" for label, key in shown if key in metrics)
-        self._bar.update(self._task, completed=step, description=line)
+        told = "  ".join(f"{label} {metrics[key]:.4g}" for label, key in shown if key in metrics)
+        self._bar.update(self._task, completed=step, description=told)
         if self._plain and (step % max(1, self._steps // 20) == 0 or step == self._steps):
-            print(f"step {step}/{self._steps}  {line}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._steps}  {told}", file=sys.stderr, flush=True)
 
     def say(self, message: str) -> None:
         """A line for the person who watches."""
@@ -75,6 +78,27 @@ class Logger:
             print(message, file=sys.stderr, flush=True)
         else:
             self._bar.console.print(message, highlight=False, markup=False)
+
+
+class Silence:
+    """What the processes that are not the main one log to."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+
+def open_logger(run: Path, settings: Logging, steps: int, start: int, world: World, *, show: bool) -> Logger | Silence:
+    """The logger of this process; see `Logger`."""
+    return Logger(run, settings, steps, start, show=show) if world.is_main else Silence()
 
 
 def peak_memory(device: str) -> float:
@@ -85,33 +109,54 @@ def peak_memory(device: str) -> float:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut short is left out."""
+    """The lines of a run's metrics.jsonl; those that are damaged, or were cut short, are left out."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise VarpiError(f"{run}: no metrics.jsonl; this is not a run directory")
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for row in _parse(path) if row is not None]
+
+
+def _parse(path: Path) -> list[dict[str, Any] | None]:
+    """What each line of a log says; None for one that says nothing."""
+    return [_row(text) for text in path.read_bytes().splitlines()]
+
+
+def _row(text: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _reopen(path: Path, start: int) -> Any:
-    """Open for appending, keeping only what was logged up to step `start`."""
-    if path.exists():
-        kept = [row for row in read_metrics(path.parent) if row["step"] <= start]
+    """Open for appending, keeping only what was logged up to step `start`; damaged lines are dropped with a warning."""
+    if path.is_file():
+        rows = _parse(path)
+        damaged = [number for number, row in enumerate(rows[:-1], start=1) if row is None]  # the last may be cut short
+        if damaged:
+            logging.getLogger("varpi").warning(
+                "%s: dropped %d damaged line(s), the first is line %d", path, len(damaged), damaged[0]
+            )
+        kept = [row for row in rows if row is not None and row["step"] <= start]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return path.open("a")
+    try:
+        return path.open("a")
+    except OSError as error:
+        raise VarpiError(f"{path}: cannot be written to ({line(error)}); move it away") from error
+
+
+def check_sinks(settings: Logging) -> None:
+    """Raise VarpiError when TensorBoard or W&B is asked for and not installed."""
+    for wanted, module in ((settings.tensorboard, "tensorboard"), (settings.wandb is not None, "wandb")):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise VarpiError(f"logging.{module} needs: pip install 'varpi[{module}]'")
 
 
 class _TensorBoard:
     def __init__(self, run: Path, start: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise VarpiError("logging.tensorboard needs: pip install 'varpi[tensorboard]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -124,10 +169,8 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, run: Path, project: str) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise VarpiError("logging.wandb needs: pip install 'varpi[wandb]'") from error
+        import wandb  # pyright: ignore[reportMissingImports]
+
         self._run = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
 
     def log(self, step: int, metrics: Metrics) -> None:

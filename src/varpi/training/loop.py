@@ -7,50 +7,46 @@ and micro-batch instead, as they are drawn inside the network. A resume changes 
 
 import dataclasses
 import hashlib
-import itertools
-import json
 import logging
 import math
-import signal
-import threading
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from varpi.data import BadImage, Batch, Dataset, Dropped, Item
-from varpi.data.loader import collate_conditions
-from varpi.data.opening import open_batches, open_split
-from varpi.errors import VarpiError
+from varpi.data import Batch, Batches
+from varpi.data.opening import open_batches
+from varpi.data.stream import StreamBatches
+from varpi.errors import Stopped, VarpiError
 from varpi.generators import Generator
 from varpi.methods import Method, build_method
-from varpi.recipe import Optimizer, Recipe, read_yaml
-from varpi.runtime.files import write_text
-from varpi.runtime.processes import World, join_world, leave_world
-from varpi.training.logging import Logger, Metrics, peak_memory
+from varpi.recipe import Recipe
+from varpi.runtime.processes import World, joined_world, stop_request
+from varpi.training.logging import Logger, Metrics, Silence, check_sinks, open_logger, peak_memory
+from varpi.training.optimizer import learning_rate, make_optimizer
+from varpi.training.run_directory import (
+    RunLock,
+    check_data,
+    check_output,
+    is_finished,
+    is_over,
+    is_run,
+    write_origin,
+)
 from varpi.training.sharding import gradient_norm, shard
 from varpi.training.state import (
     Progress,
-    checkpoints,
     full_weights,
     load_checkpoint,
     newest_whole,
     save_checkpoint,
 )
-
-# What a resumed run may do differently without being another run.
-FREE_TO_CHANGE = {
-    "data.workers",
-    "data.max_bad_fraction",
-    "training.save_every",
-    "training.keep",
-    "training.max_skipped",
-}
+from varpi.training.trouble import EqualRewards, explained
+from varpi.training.validation import Validation, note_loss, prepare_condition
 
 
 def train(
@@ -59,87 +55,99 @@ def train(
     """Carry out a recipe in the directory `output`; returns it.
 
     Writes recipe.yaml, metrics.jsonl, checkpoints/ and model.safetensors (with `validation`, the best one so far).
-    `resume` continues from the newest checkpoint, or begins when there is none. SIGTERM and SIGINT save and return.
+    `resume` continues from the newest checkpoint, or begins when there is none; a finished run it leaves as it is.
 
-    Raises VarpiError for whatever can be refused, before any file is written.
+    Raises:
+        VarpiError: whatever can be refused, before any file is written; or the run cannot go on.
+        Stopped: SIGTERM or SIGINT came, and the run has saved where it stood.
     """
-    world = join_world(device)
     run = Path(output)
-    try:
-        with _deterministic():
-            return _train(recipe, run, world, resume, show)
-    finally:
-        leave_world()
+    with torch.random.fork_rng(), joined_world(device) as world, RunLock(run) as lock:  # the caller's draws stay his
+        stopped = _train(recipe, run, world, lock, resume, show)
+    if stopped is not None:
+        raise stopped
+    return run
 
 
-def _train(recipe: Recipe, run: Path, world: World, resume: bool, show: bool) -> Path:
+def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool, show: bool) -> Stopped | None:
+    """Put together what the recipe names, and train."""
     training = recipe.training
     if training.batch_size % world.size:
         raise VarpiError(
             f"training.batch_size is {training.batch_size}; it must be a multiple of {world.size} processes"
         )
-    _check_output(run, recipe, resume)
+    if world.on_main(lambda: _enter(run, recipe, lock, resume)):
+        if show and world.is_main:
+            print(f"{run} is finished; nothing was left to do", file=sys.stderr)
+        return None
     batches = open_batches(recipe, world)
-    held_out = None if recipe.validation is None else open_split(recipe.data, recipe.validation.split)
+    validation = Validation(recipe, world) if recipe.validation is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
     for model in (method.model, *method.frozen):
         shard(model, world, training.precision)
     optimizer = make_optimizer(method.model, recipe.optimizer)
+    checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()
-    checkpoint = newest_whole(run, _warn) if resume else None
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, method.model, optimizer, world)
-    _check_data(run, batches.fingerprint, world)
-    if world.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "recipe.yaml", recipe.to_yaml())
-        write_text(run / "data.json", json.dumps({"fingerprint": batches.fingerprint}))
-    world.barrier()
-
+    world.on_main(lambda: write_origin(run, recipe, batches.fingerprint))
     batches.seen, batches.bad, batches.dropped = _share(progress, world)
-    logger = _logger(run, recipe, progress, world, show)
-    with logger, _stop_signal() as stop:
-        trainer = Trainer(recipe, method, optimizer, world)
-        cursor = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
-        stream = batches.from_cursor(cursor)
-        finished = progress.step >= training.steps or _out_of_patience(recipe, progress)
-        saved = progress.step
+    logger = open_logger(run, recipe.logging, training.steps, progress.step, world, show=show)
+    with logger, explained(run, progress):
+        return _loop(run, Trainer(recipe, method, optimizer, world), batches, validation, progress, logger)
+
+
+def _loop(
+    run: Path,
+    trainer: "Trainer",
+    batches: Batches | StreamBatches,
+    validation: Validation | None,
+    progress: Progress,
+    logger: Logger | Silence,
+) -> Stopped | None:
+    """From where `progress` stands to the last step, or to a signal."""
+    recipe, method, world = trainer.recipe, trainer.method, trainer.world
+    training, equal_rewards = recipe.training, EqualRewards()
+    cursor = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
+    stream = batches.from_cursor(cursor)
+    finished = is_over(recipe, progress)
+    with stop_request() as stop:
         while not finished:
             begun = time.perf_counter()
-            batch_number = progress.step // training.updates_per_batch
             batch = next(stream)
             cursor = batch.cursor
-            for metrics in trainer.updates(batch, batch_number, progress):
+            for metrics in trainer.updates(batch, progress.step // training.updates_per_batch, progress):
                 metrics["seconds"] = (now := time.perf_counter()) - begun
                 progress.seconds += metrics["seconds"]
                 begun = now
-                if method_tokens := _tokens_per_image(method):
-                    metrics["tokens_per_second"] = training.batch_size * method_tokens / metrics["seconds"]
+                if isinstance(method.model, Generator):
+                    tokens = training.batch_size * method.model.num_tokens
+                    metrics["tokens_per_second"] = tokens / metrics["seconds"]
                 logger.log(progress.step, metrics)
+                if world.is_main:
+                    equal_rewards.see(progress.step, metrics)
             opened = world.sum([float(batches.seen), float(batches.bad), float(batches.dropped)])
             progress.images_opened, progress.bad_images, progress.dropped_images = map(int, opened)
 
-            finished = progress.step >= training.steps
-            validation = recipe.validation
-            if validation is not None and (progress.step % validation.every == 0 or finished):
-                assert held_out is not None
-                finished |= _validate(run, recipe, method, held_out, progress, world, logger)
-            stopping = bool(world.max(float(stop.is_set())))
+            if validation is not None and (progress.step % validation.every == 0 or is_over(recipe, progress)):
+                loss = validation.loss(method)
+                if note_loss(progress, loss):
+                    _save_model(run, trainer, progress)
+                logger.log(progress.step, {"validation_loss": loss})
+            finished = is_over(recipe, progress)
+            stopping = int(world.max(stop.signal))
             due = training.save_every is not None and progress.step % training.save_every == 0
             if due or finished or stopping:
                 progress.cursors = world.gather(cursor)
-                save_checkpoint(run, method.model, optimizer, progress, world, training.keep)
-                saved = progress.step
+                save_checkpoint(run, method.model, trainer.optimizer, progress, world, training.keep)
             if stopping and not finished:
-                logger.say(f"stopped at step {saved} of {training.steps}, saved; continue with --resume")
-                return run
-        if recipe.validation is None:
-            _save_model(run, recipe, method, progress, world)
-        if progress.dropped_images:
-            logger.say(
-                f"left out {progress.dropped_images} of {progress.images_opened} images: no caption, or too small"
-            )
-    return run
+                where = f"step {progress.step} of {training.steps}"
+                return Stopped(stopping, f"stopped at {where}, saved in {run}; continue with --resume")
+    if validation is None:
+        _save_model(run, trainer, progress)
+    if progress.dropped_images:
+        logger.say(f"left out {progress.dropped_images} of {progress.images_opened} images: no caption, or too small")
+    return None
 
 
 class Trainer:
@@ -193,7 +201,7 @@ class Trainer:
             limit = self.recipe.training.max_skipped
             if progress.skipped_in_a_row >= limit:
                 wrong = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-                raise VarpiError(
+                raise FloatingPointError(
                     f"step {progress.step}: {limit} updates in a row had a non-finite loss or gradient ({wrong}) and "
                     "were skipped; lower optimizer.learning_rate, try training.precision: fp32, or check the images"
                 )
@@ -201,7 +209,7 @@ class Trainer:
 
     def _split(self, batch: Batch) -> list[Batch]:
         size = self.recipe.training.micro_batch or len(batch.images)
-        condition = _condition(self.method, batch.condition)
+        condition = prepare_condition(self.method, batch.condition)
         return [
             dataclasses.replace(
                 batch,
@@ -221,146 +229,30 @@ class Trainer:
         return {name: value / self.world.size for name, value in zip(totals, values, strict=True)}
 
 
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings but neither norms nor biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-    )
-    # Not left to the first step: a checkpoint may come before it, when the first updates are skipped.
-    for p in parameters:
-        moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
-    return optimizer
+def _enter(run: Path, recipe: Recipe, lock: RunLock, resume: bool) -> bool:
+    """Refuse what can be refused at once, and keep others out of a run that is there; whether it is finished."""
+    check_output(run, recipe, resume)
+    check_sinks(recipe.logging)
+    if is_run(run):
+        lock.take()
+    return resume and is_finished(run, recipe)
 
 
-def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """The rate of update number `step` (from 0) of `steps`."""
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-    if settings.schedule == "cosine" and step >= settings.warmup_steps:
-        done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-        rate *= 0.5 * (1 + math.cos(math.pi * done))
-    return rate
+def _claim(run: Path, recipe: Recipe, fingerprint: str, lock: RunLock, resume: bool) -> Path | None:
+    """Take possession of the directory; the checkpoint to continue from."""
+    if not lock.taken:
+        lock.take()
+        check_output(run, recipe, resume)  # another run may have begun there meanwhile
+    check_data(run, fingerprint)
+    return newest_whole(run, logging.getLogger("varpi").warning) if resume else None
 
 
-def _validate(
-    run: Path, recipe: Recipe, method: Method, held_out: Dataset, progress: Progress, world: World, logger: Any
-) -> bool:
-    """Log the held-out loss and keep the best weights; true when patience has run out."""
-    settings = recipe.validation
-    assert settings is not None
-    count = min(settings.images or len(held_out), len(held_out))
-    size = recipe.training.micro_batch or recipe.training.batch_size
-    total, images = 0.0, 0.0
-    rounds = -(-count // (size * world.size))  # the same number on every process: sharded models work in step
-    filler = _first_readable(held_out)
-    with torch.no_grad():
-        for i in range(rounds):
-            first = (i * world.size + world.rank) * size
-            items = _readable(held_out, range(first, min(first + size, count)))
-            read = len(items)
-            if not items:  # sharded models need every process in every pass
-                items = [filler]
-            filler = items[0]
-            batch = Batch(
-                images=torch.stack([item.image for item in items]).to(world.device),
-                condition=_condition(method, collate_conditions([item.condition for item in items])).to(world.device),
-                positions=torch.arange(len(items)),
-                indices=torch.arange(len(items)),
-                bad=0,
-            )
-            loss = float(method.validation_loss(batch))
-            if read:
-                total, images = total + loss * read, images + read
-    total, images = world.sum([total, images])
-    loss = total / images
-    method.stages.take()
-    progress.validations_since_best += 1
-    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-        progress.best_loss, progress.best_step, progress.validations_since_best = loss, progress.step, 0
-        _save_model(run, recipe, method, progress, world)
-    logger.log(progress.step, {"validation_loss": loss})
-    return _out_of_patience(recipe, progress)
-
-
-def _out_of_patience(recipe: Recipe, progress: Progress) -> bool:
-    patience = recipe.validation.patience if recipe.validation is not None else None
-    return patience is not None and progress.validations_since_best >= patience
-
-
-def _condition(method: Method, condition: Any) -> Any:
-    """What data gives, in the form that the trained model takes."""
-    return method.model.prepare_condition(condition) if isinstance(method.model, Generator) else condition
-
-
-def _readable(dataset: Dataset, indices: range) -> list[Item]:
-    """The items that can be used; each of the others gets a warning."""
-    items = []
-    for index in indices:
-        try:
-            items.append(dataset[index])
-        except (BadImage, Dropped) as error:
-            _warn(f"validation leaves out an image: {error}")
-    return items
-
-
-def _first_readable(dataset: Dataset) -> Item:
-    for index in range(len(dataset)):
-        with suppress(BadImage, Dropped):
-            return dataset[index]
-    raise VarpiError(f"validation: none of the {len(dataset)} held-out images could be read")
-
-
-def _save_model(run: Path, recipe: Recipe, method: Method, progress: Progress, world: World) -> None:
-    weights = full_weights(method.model)
-    if world.is_main:
-        extra = {"recipe": recipe.to_yaml(), "step": str(progress.step)}
-        method.save(run / "model.safetensors", weights, extra)
-    world.barrier()
-
-
-def _check_output(run: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse a directory that holds something else."""
-    if run.exists() and not run.is_dir():
-        raise VarpiError(f"{run} is a file; choose another --output")
-    if not run.is_dir() or all(entry.name.startswith(".") for entry in run.iterdir()):
-        return
-    if not (run / "recipe.yaml").is_file():
-        raise VarpiError(f"{run} is not empty and holds no run; choose another --output")
-    if not resume:
-        newest = checkpoints(run)
-        state = f"at {newest[0].name}" if newest else "without a checkpoint"
-        raise VarpiError(f"{run} already holds a run ({state}); continue it with --resume or choose another --output")
-    before = _flatten(read_yaml(run / "recipe.yaml"))
-    now = _flatten(yaml.safe_load(recipe.to_yaml()))
-    free = FREE_TO_CHANGE | ({"training.steps"} if recipe.optimizer.schedule == "constant" else set())
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key not in free and not key.startswith("logging."):
-            raise VarpiError(
-                f"{run} is a run of another recipe: {key} is {before.get(key)!r} there and {now.get(key)!r} here; "
-                "choose another --output"
-            )
-
-
-def _check_data(run: Path, fingerprint: str, world: World) -> None:
-    path = run / "data.json"
-    if path.is_file() and json.loads(path.read_text())["fingerprint"] != fingerprint:
-        raise VarpiError(f"{run} was trained on other data than the source now holds; choose another --output")
-    world.barrier()
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    items = (_flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
-    return dict(itertools.chain.from_iterable(item.items() for item in items))
+def _save_model(run: Path, trainer: "Trainer", progress: Progress) -> None:
+    weights = full_weights(trainer.method.model)
+    if trainer.world.is_main:
+        extra = {"recipe": trainer.recipe.to_yaml(), "step": str(progress.step)}
+        trainer.method.save(run / "model.safetensors", weights, extra)
+    trainer.world.barrier()
 
 
 def _share(progress: Progress, world: World) -> tuple[int, int, int]:
@@ -368,61 +260,3 @@ def _share(progress: Progress, world: World) -> tuple[int, int, int]:
     counts = progress.images_opened, progress.bad_images, progress.dropped_images
     opened, bad, dropped = (count // world.size + (world.rank < count % world.size) for count in counts)
     return opened, bad, dropped
-
-
-def _tokens_per_image(method: Method) -> int:
-    return method.model.num_tokens if isinstance(method.model, Generator) else 0
-
-
-def _logger(run: Path, recipe: Recipe, progress: Progress, world: World, show: bool) -> Any:
-    if world.is_main:
-        return Logger(run, recipe.logging, recipe.training.steps, progress.step, show=show)
-    return _Silent()
-
-
-class _Silent:
-    """What other processes log to."""
-
-    def __enter__(self) -> "_Silent":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
-
-def _warn(message: str) -> None:
-    logging.getLogger("varpi").warning(message)
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets; a second SIGINT interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Leave the caller's random state as it was."""
-    with torch.random.fork_rng():
-        yield

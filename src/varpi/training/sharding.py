@@ -34,3 +34,8 @@ def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients so that their total norm is at most `limit`; the norm before, a scalar."""
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; a tensor that is whole, as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

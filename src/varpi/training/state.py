@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside, verified, renamed, so that what is there is whole.
+"""Checkpoints of a run: written aside, sealed, renamed, so that what is there is whole.
 
     RUN/checkpoints/step-00000100/    torch.distributed.checkpoint files, trainer.json, manifest.json
 
@@ -6,9 +6,9 @@ Every random draw of a run is a function of seed, step and position, so a checkp
 """
 
 import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,11 +31,23 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from varpi.errors import VarpiError
-from varpi.runtime.files import write_text
 from varpi.runtime.processes import World
+from varpi.training.checkpoint_files import (
+    PROGRESS,
+    CheckpointPlanner,
+    CheckpointReader,
+    read_index,
+    read_manifest,
+    seal,
+    sync,
+    verify,
+)
+from varpi.training.sharding import local
 
 TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
 """A checkpoint holds what training changes; frozen weights come from their source again."""
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
+"""What the run's own checkpoints are called. Anything else beside them is the user's."""
 
 
 @dataclass
@@ -64,53 +76,60 @@ class Progress:
 
 def save_checkpoint(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, world: World, keep: int
-) -> Path:
-    """Write the checkpoint of `progress.step` and delete all but the newest `keep`.
+) -> None:
+    """Write the checkpoint of `progress.step` and delete all but the newest `keep` up to it.
 
-    Raises VarpiError when it cannot be written; the earlier checkpoints are then untouched.
+    Raises VarpiError when it cannot be written, or is not worth keeping because a weight is not finite; the earlier
+    checkpoints are then untouched.
     """
     folder = run / "checkpoints"
     final = folder / f"step-{progress.step:08d}"
     aside = folder / f".writing-{final.name}"
 
     def prepare() -> None:
-        if world.is_main:
-            for stale in folder.glob(".writing-*"):  # of a process that was killed
-                shutil.rmtree(stale, ignore_errors=True)
-            aside.mkdir(parents=True)
+        with _said():
+            if not all(local(p).isfinite().all() for p in model.parameters() if p.requires_grad):
+                raise VarpiError("a weight is not finite: an update overflowed; start again with a lower learning rate")
+            if world.is_main:
+                for stale in folder.glob(".writing-*"):  # of a process that was killed
+                    shutil.rmtree(stale, ignore_errors=True)
+                aside.mkdir(parents=True)
 
     def write() -> None:
-        weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
-        with _without_warning():
+        with _said():
+            weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
             save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
-        if world.is_main:
-            (aside / "trainer.json").write_text(json.dumps(asdict(progress)))
-            _seal(aside)
-            _verify(aside)
+            if world.is_main:
+                (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
+                seal(aside)
 
     try:
-        _together(world, prepare)
-        _together(world, write)
+        world.together(prepare)
+        world.together(write)
     except VarpiError as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
-        raise VarpiError(f"{final}: the checkpoint could not be written ({error}); {_kept(run)}") from error
+        raise VarpiError(f"{final}: the checkpoint could not be written ({error}); {newest_kept(run)}") from error
     if world.is_main:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        _sync(folder)
-        for old in checkpoints(run)[keep:]:
+        sync(folder)
+        # Newer ones can only be damaged ones, which a resume passed over; they neither count nor go.
+        for old in [path for path in checkpoints(run) if _step(path) <= progress.step][keep:]:
             shutil.rmtree(old, ignore_errors=True)
     world.barrier()
-    return final
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    own = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    return sorted(own, key=_step, reverse=True)
 
 
-def newest_whole(run: Path, warn: Any) -> Path | None:
+def newest_whole(run: Path, warn: Callable[[str], object]) -> Path | None:
     """The newest checkpoint whose files are what was written; damaged ones are passed over with a warning.
 
     Raises VarpiError when there are checkpoints and none is whole.
@@ -118,7 +137,10 @@ def newest_whole(run: Path, warn: Any) -> Path | None:
     problems = []
     for path in checkpoints(run):
         try:
-            _verify(path)
+            for name in read_manifest(path):
+                verify(path, name)
+            read_index(path)
+            read_progress(path)
         except VarpiError as error:
             problems.append(str(error))
             warn(f"{error}; trying an older checkpoint")
@@ -129,16 +151,45 @@ def newest_whole(run: Path, warn: Any) -> Path | None:
     return None
 
 
+def newest_kept(run: Path) -> str:
+    """What an error says of where a run can be taken up again."""
+    last = checkpoints(run)
+    return f"the newest checkpoint is {last[0].name}" if last else "there is no checkpoint yet"
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood; raises VarpiError when that file is damaged or tells of another step."""
+    verify(checkpoint, PROGRESS)
+    try:
+        progress = TypeAdapter(Progress).validate_json((checkpoint / PROGRESS).read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(map(str, (*first["loc"], first["msg"])))
+        raise VarpiError(f"{checkpoint / PROGRESS}: does not say where a run stands ({what})") from error
+    if progress.step != _step(checkpoint):
+        raise VarpiError(f"{checkpoint / PROGRESS}: is of step {progress.step}")
+    return progress
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Progress:
-    """Restore model and optimizer in place, under any number of processes; returns the progress."""
+    """Restore model and optimizer in place, under any number of processes; returns the progress.
+
+    Raises VarpiError when it does not fit.
+    """
     weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
+    state = {"model": weights, "optimizer": moments}
     try:
         with _without_warning():
-            load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=world.size == 1)
+            load(
+                state,
+                storage_reader=CheckpointReader(path),
+                planner=CheckpointPlanner(),
+                no_dist=world.size == 1,
+            )
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINABLE)
     except (Exception, CheckpointException) as error:
         raise VarpiError(f"{path}: cannot be loaded into this model ({_reason(error)})") from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINABLE)
-    return Progress(**json.loads((path / "trainer.json").read_text()))
+    return read_progress(path)
 
 
 def full_weights(model: nn.Module) -> dict[str, Any]:
@@ -146,14 +197,19 @@ def full_weights(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def _together(world: World, work: Callable[[], None]) -> None:
-    """Work on every process; a failure on one fails all, so that none waits for it for ever."""
-    error: BaseException | None = None
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Whatever goes wrong, as one line."""
     try:
-        work()
-    except (Exception, CheckpointException) as problem:  # torch derives its own from BaseException
-        error = problem
-    if world.max(float(error is not None)):
+        with _without_warning():
+            yield
+    except VarpiError:
+        raise
+    except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
         raise VarpiError(_reason(error)) from error
 
 
@@ -165,45 +221,7 @@ def _without_warning() -> Iterator[None]:
         yield
 
 
-def _seal(folder: Path) -> None:
-    """Flush every file to disk and record its size and digest."""
-    manifest = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    write_text(folder / "manifest.json", json.dumps(manifest))
-    _sync(folder)
-
-
-def _verify(folder: Path) -> None:
-    """Check every file against the manifest, and that torch can read the index."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, expected in manifest.items():
-            with (folder / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != expected["sha256"]:
-                raise VarpiError(f"{folder / name} is damaged: its contents are not what was written")
-        FileSystemReader(folder).read_metadata()
-    except VarpiError:
-        raise
-    except Exception as error:
-        raise VarpiError(f"{folder} is not a whole checkpoint ({_reason(error)})") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException | None) -> str:
-    if error is None:
-        return "another process failed"
+def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]  # what happened, without torch's tracebacks
     cause: BaseException | None = error
@@ -215,8 +233,3 @@ def _reason(error: BaseException | None) -> str:
     if "inline_container" in text:  # from another process, without its cause
         return "a file was cut short; is there space left on the disk?"
     return text if len(text) < 300 else f"{text[:300]}…"
-
-
-def _kept(run: Path) -> str:
-    last = checkpoints(run)
-    return f"the last whole one is {last[0].name}" if last else "there is no earlier one"

@@ -1,0 +1,91 @@
+"""Validation: the loss on held-out images, by all processes together."""
+
+import logging
+import math
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from varpi.data import BadImage, Batch, Dataset, Dropped, Item
+from varpi.data.loader import collate_conditions
+from varpi.data.opening import open_split
+from varpi.errors import VarpiError
+from varpi.generators import Generator
+from varpi.methods import Method
+from varpi.recipe import Recipe
+from varpi.runtime.processes import World
+from varpi.training.state import Progress
+
+
+class Validation:
+    """What a recipe's `validation` asks for; opens the held-out images."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        assert recipe.validation is not None
+        self.every = recipe.validation.every
+        self._world = world
+        self._dataset = open_split(recipe.data, recipe.validation.split)
+        self._count = min(recipe.validation.images or len(self._dataset), len(self._dataset))
+        self._size = recipe.training.micro_batch or recipe.training.batch_size
+
+    @torch.no_grad()
+    def loss(self, method: Method) -> float:
+        """Mean over the held-out images; those that cannot be read are left out with a warning."""
+        total, images = 0.0, 0.0
+        rounds = -(-self._count // (self._size * self._world.size))  # the same number on every process:
+        filler = _first_readable(self._dataset)  # sharded models need every process in every pass
+        for i in range(rounds):
+            first = (i * self._world.size + self._world.rank) * self._size
+            items = _readable(self._dataset, range(first, min(first + self._size, self._count)))
+            loss = float(method.validation_loss(self._batch(method, items or [filler])))
+            if items:
+                total, images = total + loss * len(items), images + len(items)
+        method.stages.take()
+        total, images = self._world.sum([total, images])
+        if not images:
+            raise VarpiError(f"validation: none of the first {self._count} held-out images could be read")
+        return total / images
+
+    def _batch(self, method: Method, items: list[Item]) -> Batch:
+        places = torch.arange(len(items))
+        condition = prepare_condition(method, collate_conditions([item.condition for item in items]))
+        return Batch(
+            images=torch.stack([item.image for item in items]).to(self._world.device),
+            condition=condition.to(self._world.device),
+            positions=places,
+            indices=places,
+            bad=0,
+        )
+
+
+def note_loss(progress: Progress, loss: float) -> bool:
+    """Count a validation; whether its loss is the best so far."""
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+        progress.best_loss, progress.best_step, progress.validations_since_best = loss, progress.step, 0
+        return True
+    progress.validations_since_best += 1
+    return False
+
+
+def prepare_condition(method: Method, condition: Any) -> Any:
+    """What data gives, in the form that the trained model takes."""
+    return method.model.prepare_condition(condition) if isinstance(method.model, Generator) else condition
+
+
+def _readable(dataset: Dataset, indices: range) -> list[Item]:
+    """The items that can be used; each of the others gets a warning."""
+    items = []
+    for index in indices:
+        try:
+            items.append(dataset[index])
+        except (BadImage, Dropped) as error:
+            logging.getLogger("varpi").warning("validation leaves out an image: %s", error)
+    return items
+
+
+def _first_readable(dataset: Dataset) -> Item:
+    for index in range(len(dataset)):
+        with suppress(BadImage, Dropped):
+            return dataset[index]
+    raise VarpiError(f"validation: none of the {len(dataset)} held-out images could be read")
