@@ -1,6 +1,7 @@
 """Recipes: those that ship are whole, and a wrong one is refused with a line that names the key and what it must be."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,17 @@ def test_unknown_key_names_the_nearest(change: dict[str, Any], line: str) -> Non
         ({"method__clip_range": 0}, "my.yaml: method.clip_range is 0; it must be greater than 0"),
         ({"method__prior": "l2"}, "my.yaml: method.prior is 'l2'; it must be 'cross_entropy' or 'kl'"),
         ({"training__precision": "fp16"}, "my.yaml: training.precision is 'fp16'; it must be 'fp32' or 'bf16'"),
+        ({"seed": 2**64}, "my.yaml: seed is a number of 65 bits; whole numbers have at most 64"),
+        ({"training__batch_size": 2**21}, "my.yaml: training.batch_size is 2097152; it must be less than or equal to"),
+        (
+            {"training__steps": 2**32},
+            "my.yaml: training.steps is 4294967296; it must be less than or equal to 2147483648",
+        ),
+        ({"data__image_size": 20_000}, "my.yaml: data.image_size is 20000; it must be less than or equal to 16384"),
+        ({"data__workers": 5_000}, "my.yaml: data.workers is 5000; it must be less than or equal to 1024"),
+        ({"method__group_size": 5_000}, "my.yaml: method.group_size is 5000; it must be less than or equal to 4096"),
+        ({"method__reward__decode_batch": 2**30}, "my.yaml: method.reward.decode_batch is 1073741824; it must be less"),
+        ({"se" * 999: 1}, f"my.yaml: unknown key {'se' * 20}; the keys here are method, data, optimizer"),
         ({"seed": -1}, "my.yaml: seed is -1; it must be greater than or equal to 0"),
         (
             {"method__name": "ppo"},
@@ -185,6 +197,10 @@ def test_wrong_values_are_explained(change: dict[str, Any], line: str) -> None:
     ("change", "line"),
     [
         ({"generator": None}, "method va_pi needs a generator"),
+        (
+            {"training__batch_size": 2**20, "data__image_size": 4096},
+            "training.batch_size is 1048576 and data.image_size 4096: an update of more than 68719476736 pixels",
+        ),
         ({"method": {"name": "classifier"}}, "method classifier has no generator"),
         ({"generator": {"architecture": {"dim": 8}}}, "generator.source is missing: va_pi post-trains"),
         ({"tokenizer": {}}, "tokenizer.source is missing: va_pi post-trains a pretrained pair"),
@@ -228,6 +244,19 @@ def test_every_mistake_has_its_line() -> None:
     message = refusal(changed(method__group_size=1, training__steps=0, sead=3))
     assert len(message.splitlines()) == 3
     assert all(line.startswith("my.yaml: ") for line in message.splitlines())
+
+
+def test_a_thousand_mistakes_are_not_a_thousand_lines() -> None:
+    message = refusal(changed(data__caption_column=list(range(1000))))
+    assert len(message.splitlines()) == 21
+    assert message.splitlines()[-1] == "my.yaml: 981 more mistakes"
+
+
+def test_values_that_contain_themselves_are_refused() -> None:
+    values = changed(generator={"architecture": {"dim": 8}})
+    values["generator"]["architecture"]["more"] = values
+    assert refusal(values).startswith("my.yaml: ")
+    assert "nested deeper than 32 levels" in refusal(values)
 
 
 # -- files and settings
@@ -275,7 +304,9 @@ def test_settings_are_yaml_and_typed(file: Path) -> None:
         ("method=fast", "my.yaml: method is 'fast'; it must be a section of keys and values"),
         ("steps", "--set 'steps': expected key.path=value"),
         ("=4", "--set '=4': expected key.path=value"),
-        ("seed=[1", "--set seed: '[1' is not a YAML value"),
+        ("seed=[1", "--set seed: '[1' is not a YAML value (line 1, column 3: while parsing a flow sequence"),
+        ("seed=2024-99-99", "--set seed: '2024-99-99' is not a YAML value (line 1, column 1: '2024-99-99' looks like"),
+        (f"{'a.' * 5000}b=1", "my.yaml: a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.…: nested deeper than 32 levels"),
     ],
 )
 def test_wrong_settings(file: Path, setting: str, line: str) -> None:
@@ -290,6 +321,34 @@ def test_missing_file_names_the_nearest_recipe(tmp_path: Path) -> None:
         load_recipe("digit")
     with pytest.raises(VarpiError, match=r"the shipped ones are .*digits"):
         load_recipe(tmp_path / "zzzzzzzzzzz.yaml")
+
+
+def test_a_recipe_is_a_regular_file_of_a_modest_size(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for path in (tmp_path / "pipe.yaml", tmp_path / "folder.yaml", Path("/dev/zero")):
+        with pytest.raises(VarpiError, match=f"{path}: is no regular file"):
+            load_recipe(path)
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(VarpiError, match=r"large\.yaml: has 1048577 bytes; a recipe has at most 1048576"):
+        load_recipe(tmp_path / "large.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 2024-99-99", "(line 1, column 7: '2024-99-99' looks like a value of kind timestamp, but is none)"),
+        ("seed: 1\nseed: 2", "(line 2, column 1: the key seed is given twice, in line 1 too)"),
+        ("5: 1", "(line 1, column 1: 5 is no text, as a key must be; write it in quotes)"),
+        (f"seed: 0x{'F' * 6000}", "(seed is a number of 24000 bits; whole numbers have at most 64)"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(VarpiError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"{path}: cannot be read as YAML {line}"
 
 
 @pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", b"a: !!python/object:os.system x"])

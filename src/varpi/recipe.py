@@ -13,6 +13,14 @@ from pydantic_core import PydanticCustomError
 
 from varpi.errors import VarpiError
 from varpi.recipes import shipped_recipes
+from varpi.runtime.strict_yaml import check_extent, parse_yaml
+
+LARGEST_FILE = 2**20
+"""Bytes of a recipe."""
+MOST_LINES = 20
+"""Of mistakes told at once."""
+MOST_PIXELS = 2**36
+"""In an update; they are held as float32, three channels each: 768 GiB over all processes."""
 
 
 def _whole_number(value: Any) -> Any:
@@ -35,7 +43,9 @@ def _name_or_fields(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_whole_number)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Count = Annotated[Int, Field(ge=1)]
+Count = Annotated[Int, Field(ge=1, le=2**31)]
+BatchSize = Annotated[Int, Field(ge=1, le=2**20)]
+"""Of images or sequences at once."""
 Weight = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
@@ -71,7 +81,7 @@ class TokenizerSection(Section):
 class DataSection(Section):
     source: str
     """A folder of class folders, tar shards or jsonl files; a Hugging Face dataset, parquet, a Hub id; `digits`."""
-    image_size: Count
+    image_size: Annotated[Int, Field(ge=1, le=2**14)]
     """Side of the square training images, in pixels."""
     split: str = "train"
     """The split to train on, where the source has splits."""
@@ -85,9 +95,9 @@ class DataSection(Section):
     """Captioned images with a shorter side of fewer pixels are left out; none: image_size."""
     stream: bool = False
     """Read the data in order, as it comes, for sources that are too large to hold."""
-    shuffle_buffer: Count | None = None
+    shuffle_buffer: Annotated[Int, Field(ge=1, le=2**24)] | None = None
     """Images that a stream shuffles among, beside its files; none: 1000."""
-    workers: Annotated[Int, Field(ge=0)] = 0
+    workers: Annotated[Int, Field(ge=0, le=2**10)] = 0
     """Processes (for a stream: threads) that read and crop images; 0 reads in the training process."""
     max_bad_fraction: Share = 0.01
     """The run stops when more than this share of the images read so far could not be read."""
@@ -125,7 +135,7 @@ class MethodSection(Section):
 class Lora(Section):
     """Trains low-rank adapters (arXiv 2106.09685) instead of the weights, which are frozen and, in bf16, held so."""
 
-    rank: Count = 16
+    rank: Annotated[Int, Field(ge=1, le=2**16)] = 16
     alpha: Annotated[Float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
@@ -151,9 +161,9 @@ class Optimizer(Section):
 class Training(Section):
     steps: Count
     """Optimizer updates."""
-    batch_size: Count
+    batch_size: BatchSize
     """Images per update, over all processes."""
-    micro_batch: Count | None = None
+    micro_batch: BatchSize | None = None
     """Images per forward pass in a process; none: its whole share at once. Changes rounding and dropout's masks."""
     updates_per_batch: Count = 1
     """Optimizer updates made from one batch of rollouts."""
@@ -269,6 +279,12 @@ class Recipe(Section):
             raise ValueError(
                 f"validation.every is {self.validation.every}; it must be a multiple of training.updates_per_batch"
             )
+        images, side = self.training.batch_size, self.data.image_size
+        if images * side**2 > MOST_PIXELS:
+            raise ValueError(
+                f"training.batch_size is {images} and data.image_size {side}: an update of more than {MOST_PIXELS} "
+                "pixels; make one of the two smaller"
+            )
         method.check(self)
         return self
 
@@ -286,7 +302,7 @@ def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> 
         path = Path(str(importlib.resources.files("varpi.recipes") / f"{where}.yaml"))
     else:
         path = Path(where)
-        if not path.is_file():
+        if not path.exists():
             close = difflib.get_close_matches(where, shipped_recipes(), 1)
             hint = f"did you mean {close[0]}?" if close else f"the shipped ones are {', '.join(shipped_recipes())}"
             raise VarpiError(f"no recipe {where!r}: neither a file nor a shipped recipe; {hint}")
@@ -298,10 +314,16 @@ def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a recipe file, unchecked."""
+    if not path.is_file():
+        raise VarpiError(f"{path}: {'is no regular file' if path.exists() else 'there is no such file'}")
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise VarpiError(f"{path}: has {size} bytes; a recipe has at most {LARGEST_FILE}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise VarpiError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        values = parse_yaml(path.read_bytes())
+        check_extent(values)
+    except (OSError, VarpiError) as error:
+        raise VarpiError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(values, dict):
         raise VarpiError(f"{path}: a recipe is a mapping of sections, not {type(values).__name__}")
     return values
@@ -310,9 +332,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """A checked recipe from nested dictionaries; `where` names them in errors."""
     try:
+        check_extent(values)
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise VarpiError(*(f"{where}: {_explain(problem, values)}" for problem in error.errors())) from None
+        problems = error.errors()
+        lines = [f"{where}: {_explain(problem, values)}" for problem in problems[:MOST_LINES]]
+        if len(problems) > MOST_LINES:
+            lines.append(f"{where}: {len(problems) - MOST_LINES} more mistakes")
+        raise VarpiError(*lines) from None
+    except VarpiError as error:
+        raise VarpiError(f"{where}: {error}") from None
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
@@ -320,9 +349,9 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     if not equals or not key.strip():
         raise VarpiError(f"--set {setting!r}: expected key.path=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise VarpiError(f"--set {key}: {text!r} is not a YAML value") from error
+        value = parse_yaml(text)
+    except VarpiError as error:
+        raise VarpiError(f"--set {key}: {text!r:.80} is not a YAML value ({error})") from None
     *parents, last = key.strip().split(".")
     for parent in parents:
         if values.get(parent) is None:
@@ -335,7 +364,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:
     """One line for one pydantic error: the key as the user wrote it, what it is, what it must be."""
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(f"{part:.40}" if isinstance(part, str) else str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1], values)
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)

@@ -11,7 +11,7 @@ from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.methods import Outcome
 from varpi.networks.convnet import SmallConvNet, save_classifier
-from varpi.recipe import Count, Int, MethodSection, Recipe
+from varpi.recipe import Int, MethodSection, Recipe
 from varpi.runtime.processes import autocast
 from varpi.runtime.stages import Stages
 
@@ -19,8 +19,8 @@ from varpi.runtime.stages import Stages
 class Settings(MethodSection):
     """Trains a small convolutional classifier, which judges or rewards the embedded digits."""
 
-    channels: tuple[Count, ...] = (16, 32, 64)
-    num_classes: Annotated[Int, Field(ge=2)] = 10
+    channels: Annotated[tuple[Annotated[Int, Field(ge=1, le=2**12)], ...], Field(max_length=8)] = (16, 32, 64)
+    num_classes: Annotated[Int, Field(ge=2, le=2**20)] = 10
 
 
 class Classifier:

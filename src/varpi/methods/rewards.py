@@ -12,7 +12,7 @@ from torch import Tensor
 from varpi import objective
 from varpi.networks.loading import load_perceptual
 from varpi.objective.rewards import Perceptual
-from varpi.recipe import Count, Section, Weight
+from varpi.recipe import BatchSize, Section, Weight
 from varpi.runtime.processes import autocast
 from varpi.tokenizers import Tokenizer
 
@@ -28,7 +28,7 @@ class Reward(Section):
     """The network of the perceptual distance; `digits` is the embedded one."""
     perceptual_weights: str | None = None
     """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
-    decode_batch: Count = 16
+    decode_batch: BatchSize = 16
     """Token sequences decoded at once; bounds memory, changes no number."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the decoder and the perceptual network."""

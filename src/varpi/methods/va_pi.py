@@ -46,7 +46,7 @@ class Settings(MethodSection):
     pretrained = True
     reuses_rollouts = True
 
-    group_size: Annotated[Int, Field(ge=2)] = 8
+    group_size: Annotated[Int, Field(ge=2, le=2**12)] = 8
     """G, samples per image; advantages are relative to the group."""
     context_noise: Share = 0.0
     """ξ, probability that a context token is replaced (Eq. 28)."""
