@@ -1,37 +1,40 @@
-"""Shared fixtures: where the golden data lies, a pair small enough to train, and a quiet, deterministic torch."""
+"""Shared fixtures: a pair small enough to train, and a quiet, deterministic torch."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import tiny
 import torch
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it is marked `machine`")
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The directory with the golden fixtures and sample data, beside the repository."""
-    if not SHARED.is_dir():
-        pytest.skip("golden fixtures are not beside this checkout (../shared)")
-    return SHARED
+def _refuse_skip(node: pytest.Item | pytest.Collector, report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and node.config.getoption("--no-skips") and not node.get_closest_marker("machine"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome, report.longrepr = "failed", f"{node.nodeid}: {reason} (--no-skips)"
 
 
-@pytest.fixture(scope="session")
-def fill(shared: Path) -> ModuleType:
-    """The rule that makes the weights of the golden fixtures."""
-    spec = importlib.util.spec_from_file_location("fixture_fill", shared / "fixtures" / "fill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(item, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(collector, report)
+    return report
 
 
 @pytest.fixture(scope="session")

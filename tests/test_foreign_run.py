@@ -17,11 +17,9 @@ from varpi.weights import export_original
 LAYERS = {"layers.0.attention.wqkv.weight", "layers.1.feed_forward.w3.weight", "norm.weight", "output.weight"}
 
 
-@pytest.fixture
-def photographs(shared: Path) -> Path:
-    folder = shared / "data" / "imagenet-sample"
-    assert len(list(folder.rglob("*.JPEG"))) == 47
-    return folder
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.photographs(tmp_path_factory.mktemp("photographs"), ((500, 375), (375, 500), (600, 800), (200, 300)))
 
 
 @pytest.fixture(scope="module")

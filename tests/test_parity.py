@@ -1,13 +1,11 @@
 """Models against the golden outputs of the original implementations, their weights loaded as any foreign checkpoint."""
 
 import math
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import config_of, golden, original_state
+from golden import config_of, fill, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
@@ -26,10 +24,10 @@ GRADIENTS = (
 
 
 @pytest.fixture(scope="module")
-def c2i(shared: Path, fill: ModuleType) -> tuple[LlamaGen, dict[str, Tensor]]:
-    values, metadata = golden(shared, "llamagen_c2i_small")
+def c2i() -> tuple[LlamaGen, dict[str, Tensor]]:
+    values, metadata = golden("llamagen_c2i_small")
     config = config_of(metadata)
-    generator = load_generator(original_state(LlamaGen(config), fill, metadata["salt"]), architecture=config)
+    generator = load_generator(original_state(LlamaGen(config), metadata["salt"]), architecture=config)
     assert isinstance(generator, LlamaGen)
     return generator, values
 
@@ -94,10 +92,10 @@ def test_filtered_probabilities(c2i: tuple[LlamaGen, dict[str, Tensor]], name: s
     assert torch.equal(probabilities == 0, values[f"probs.{name}"] == 0)
 
 
-def test_text_logits_loss_and_greedy_tokens(shared: Path, fill: ModuleType) -> None:
-    values, metadata = golden(shared, "llamagen_t2i_small")
+def test_text_logits_loss_and_greedy_tokens() -> None:
+    values, metadata = golden("llamagen_t2i_small")
     config = config_of(metadata)
-    generator = load_generator(original_state(LlamaGen(config), fill, metadata["salt"]), architecture=config)
+    generator = load_generator(original_state(LlamaGen(config), metadata["salt"]), architecture=config)
     condition = TextCondition(values["features"], values["feature_mask"].bool())
     with torch.no_grad():
         logits = generator.logits(values["tokens"], condition)
@@ -109,13 +107,13 @@ def test_text_logits_loss_and_greedy_tokens(shared: Path, fill: ModuleType) -> N
     assert torch.equal(guided, values["greedy.cfg7.5"])
 
 
-def test_gpt_b_at_full_size(shared: Path, fill: ModuleType) -> None:
-    values, metadata = golden(shared, "llamagen_gpt_b_256")
+def test_gpt_b_at_full_size() -> None:
+    values, metadata = golden("llamagen_gpt_b_256")
     with torch.device("meta"):
         keys = {name: tensor.shape for name, tensor in LlamaGen(LlamaGenConfig.named("b")).state_dict().items()}
     assert sum(math.prod(shape) for shape in keys.values()) == 110_888_448
     state = {name: torch.empty(shape) for name, shape in original_shapes("b").items()}
-    generator = load_generator(fill.fill(state, metadata["salt"]), image_size=256)  # the size is read from the tensors
+    generator = load_generator(fill(state, metadata["salt"]), image_size=256)  # the size is read from the tensors
     assert isinstance(generator, LlamaGen)
     assert generator.config == LlamaGenConfig.named("b", grid=16)
     with torch.no_grad():
@@ -131,9 +129,9 @@ def original_shapes(size: str) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize(("name", "downsample"), [("vq16", 16), ("vq8", 8)])
-def test_vq(shared: Path, fill: ModuleType, name: str, downsample: int) -> None:
-    values, metadata = golden(shared, name)
-    state = original_state(VQ(VQConfig(downsample=downsample)), fill, metadata["salt"])
+def test_vq(name: str, downsample: int) -> None:
+    values, metadata = golden(name)
+    state = original_state(VQ(VQConfig(downsample=downsample)), metadata["salt"])
     tokenizer = load_tokenizer({"model": state})
     assert isinstance(tokenizer, VQ)
     assert tokenizer.config == VQConfig(downsample=downsample)

@@ -188,10 +188,10 @@ def test_parquet_with_the_columns_of_flux_reason(
     assert "no caption, or too small" in said
 
 
-def test_photographs_in_a_tar(shared: Path, text: Path, tmp_path: Path) -> None:
-    photographs = sorted((shared / "data" / "imagenet-sample").rglob("*.JPEG"))
+def test_photographs_in_a_tar(text: Path, tmp_path: Path) -> None:
+    sizes = [(500, 375 + i) for i in range(9)]
     members = {}
-    for i, photograph in enumerate(photographs):
+    for i, photograph in enumerate(sorted(tiny.photographs(tmp_path / "photographs", sizes).rglob("*.JPEG"))):
         members |= {f"{i:09d}.jpg": photograph.read_bytes(), f"{i:09d}.txt": CAPTIONS[i % 12].encode()}
     tar(tmp_path / "00000.tar", members)
     assert train(text, tmp_path / "run", f"data.source={tmp_path / '00000.tar'}", "training.steps=2") == 0

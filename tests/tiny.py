@@ -1,5 +1,6 @@
 """A pair small enough to train within a test, its images and its recipes. The tests and the soak run share them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +56,17 @@ def images(folder: Path, classes: str = "abc", per_class: int = 8, seed: int = 3
         for i in range(per_class):
             blocks = torch.randint(256, (4, 4, 3), generator=draws, dtype=torch.uint8)
             Image.fromarray(blocks.numpy()).resize((IMAGE_SIZE, IMAGE_SIZE), 0).save(folder / name / f"{i}.png")
+    return folder
+
+
+def photographs(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 6) -> Path:
+    """A tree in ImageNet's layout: folders n00000000, n00000001, ... with one JPEG each, of these (width, height)."""
+    draws = torch.Generator().manual_seed(seed)
+    for i, size in enumerate(sizes):
+        (folder / f"n{i:08d}").mkdir(parents=True)
+        blocks = torch.randint(256, (6, 8, 3), generator=draws, dtype=torch.uint8)
+        photograph = Image.fromarray(blocks.numpy()).resize(size, Image.Resampling.BICUBIC)
+        photograph.save(folder / f"n{i:08d}" / f"n{i:08d}_0.JPEG", quality=90)
     return folder
 
 

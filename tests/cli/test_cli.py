@@ -426,6 +426,7 @@ def test_no_space_for_a_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     assert "bytes needed, 10 free); not written" in message
 
 
+@pytest.mark.machine
 def test_a_disk_that_is_really_full(place: Place, small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(2 * 2**20 - 8192))
     for command in (

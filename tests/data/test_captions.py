@@ -1,16 +1,16 @@
 import json
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from golden import GOLDEN
 
 from varpi.data.captions import CAPTION_FIELDS, clean_caption, pick_caption
 from varpi.errors import VarpiError
 
 
-def test_golden_captions(shared: Path) -> None:
-    cases = json.loads((shared / "fixtures" / "captions.json").read_text(encoding="utf-8"))
+def test_golden_captions() -> None:
+    cases = json.loads((GOLDEN / "captions.json").read_text(encoding="utf-8"))
     assert len(cases) == 30
     assert [clean_caption(case["raw"]) for case in cases] == [case["clean"] for case in cases]
     # A second pass, as LlamaGen makes it, finds nothing more in any of them

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -18,13 +19,12 @@ def _tree(root: Path, classes: dict[str, int], size: tuple[int, int] = (40, 30))
     return root
 
 
-def test_photographs_of_imagenet(shared: Path) -> None:
-    root = shared / "data" / "imagenet-sample"
-    photos = open_dataset(root, image_size=64)
-    assert (len(photos), photos.num_classes) == (47, 47)
-    assert photos.class_names == sorted(path.name for path in root.iterdir())
-    for index in (0, 20, 46):
-        (file,) = (root / photos.class_names[index]).iterdir()
+def test_photographs(tmp_path: Path) -> None:
+    photos = open_dataset(tiny.photographs(tmp_path, ((500, 375), (333, 500), (64, 64), (75, 56))), image_size=64)
+    assert (len(photos), photos.num_classes) == (4, 4)
+    assert photos.class_names == sorted(path.name for path in tmp_path.iterdir())
+    for index in range(4):
+        (file,) = (tmp_path / photos.class_names[index]).iterdir()
         image, label = photos[index]
         assert label == index
         with Image.open(file) as original:

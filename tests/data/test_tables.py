@@ -2,6 +2,7 @@ import io
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -41,14 +42,22 @@ def _saved_images(reds: list[int]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": [red % 3 for red in reds]}, features=features)
 
 
-def test_cifar_from_one_parquet_file(shared: Path) -> None:
-    path = shared / "data" / "cifar10" / "test.parquet"
+def test_photographs_in_one_parquet_file(tmp_path: Path) -> None:
+    """CIFAR-10's layout on the Hub, as JPEG: image{bytes, path} and label, classes without names."""
+    draws = np.random.default_rng(0)
+    images = []
+    for _ in range(30):
+        buffer = io.BytesIO()
+        Image.fromarray(draws.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    path = tmp_path / "test.parquet"
+    pq.write_table(pa.table({"image": images, "label": [index % 10 for index in range(30)]}), path)
     photos = open_dataset(path, image_size=32)
-    assert (len(photos), photos.num_classes, photos.class_names) == (10_000, 10, None)
-    row = pq.read_table(path).slice(7, 1).to_pylist()[0]
-    with Image.open(io.BytesIO(row["image"]["bytes"])) as original:
-        assert torch.equal(photos[7].image, to_tensor(original.convert("RGB")))
-    assert photos[7].condition == row["label"]
+    assert (len(photos), photos.num_classes, photos.class_names) == (30, 10, None)
+    for index in (0, 7, 29):
+        with Image.open(io.BytesIO(images[index]["bytes"])) as original:
+            assert torch.equal(photos[index].image, to_tensor(original.convert("RGB")))
+        assert photos[index].condition == index % 10
 
 
 def test_parquet_file_directory_and_glob(tmp_path: Path) -> None:

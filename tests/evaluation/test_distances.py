@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from golden import GOLDEN
 from scipy.linalg import sqrtm
 
 from varpi.errors import VarpiError
@@ -16,8 +17,8 @@ def normal(n: int, d: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, d))
 
 
-def test_golden_numbers(shared):
-    golden = np.load(shared / "fixtures" / "distances.npz")
+def test_golden_numbers():
+    golden = np.load(GOLDEN / "distances.npz")
     reference, samples = golden["reference"], golden["samples"]
     expected = float(golden["precision"]), float(golden["recall"])
     assert frechet_distance(reference, samples) == pytest.approx(float(golden["frechet"]), rel=1e-6)
@@ -82,8 +83,8 @@ def test_precision_recall_does_not_depend_on_the_block(monkeypatch):
     assert precision_recall(reference, samples) == whole
 
 
-def test_precision_recall_in_single_precision(shared):
-    golden = np.load(shared / "fixtures" / "distances.npz")
+def test_precision_recall_in_single_precision():
+    golden = np.load(GOLDEN / "distances.npz")
     expected = float(golden["precision"]), float(golden["recall"])
     found = precision_recall(golden["reference"], golden["samples"], dtype=torch.float32)
     assert found == pytest.approx(expected, abs=2 / 600)  # two of 600 balls may end within rounding of a vector

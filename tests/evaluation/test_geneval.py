@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden import GOLDEN
 from PIL import Image
 
 from varpi.errors import VarpiError
@@ -23,8 +24,8 @@ from varpi.evaluation.result import differences, read_result, write_result
 # -- rules
 
 
-def test_recorded_verdicts(shared: Path) -> None:
-    cases = json.loads((shared / "fixtures" / "geneval_cases.json").read_text())
+def test_recorded_verdicts() -> None:
+    cases = json.loads((GOLDEN / "geneval_cases.json").read_text())
     assert len(cases) == 160
     for case in cases:
         verdict = judge_geneval(case["detections"], case["metadata"], case["colors"])

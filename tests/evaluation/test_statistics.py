@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from golden import GOLDEN
 
 from varpi.errors import VarpiError
 from varpi.evaluation import frechet_distance
@@ -37,8 +38,8 @@ def test_merging_by_hand():
     assert both.covariance == pytest.approx(np.array([[19 / 3]]))
 
 
-def test_frechet_of_moments_is_that_of_the_vectors(shared):
-    golden = np.load(shared / "fixtures" / "distances.npz")
+def test_frechet_of_moments_is_that_of_the_vectors():
+    golden = np.load(GOLDEN / "distances.npz")
     sides = (moments_of_parts(np.array_split(golden[name], 7)) for name in ("reference", "samples"))
     distance = frechet(*sides)
     assert distance == pytest.approx(float(golden["frechet"]), rel=1e-6)

@@ -6,7 +6,7 @@ B images, G samples per image, N tokens per image.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,18 +67,16 @@ class Original:
 
 
 @pytest.fixture
-def original(
-    shared: Path, fill: ModuleType, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Original:
+def original(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Original:
     """The method on the fixture's generator, with the fixture's noise, samples and rewards in place of drawn ones.
 
     Indirect parameter: the prior.
     """
-    values, metadata = golden(shared, "llamagen_c2i_small")
+    values, metadata = golden("llamagen_c2i_small")
     config = config_of(metadata)
 
     def load(salt: str) -> LlamaGen:
-        generator = load_generator(original_state(LlamaGen(config), fill, salt), architecture=config)
+        generator = load_generator(original_state(LlamaGen(config), salt), architecture=config)
         assert isinstance(generator, LlamaGen)
         return generator
 

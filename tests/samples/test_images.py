@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden import GOLDEN
 from PIL import Image
 
 from varpi.data.pixels import from_uint8, to_uint8
@@ -24,8 +25,8 @@ def pictures(n: int = 5, size: int = 6) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
-def test_golden_resize(shared):
-    golden = np.load(shared / "fixtures" / "images.npz")
+def test_golden_resize():
+    golden = np.load(GOLDEN / "images.npz")
     resized = to_uint8(resize_384_to_256(torch.from_numpy(golden["float384"])))
     assert resized.shape == golden["uint8_256"].shape
     np.testing.assert_array_equal(resized, golden["uint8_256"])

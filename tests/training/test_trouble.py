@@ -96,6 +96,7 @@ def test_a_full_disk_while_saving(pair: Path, tmp_path: Path, monkeypatch: pytes
     assert same(weights(run), weights(through))
 
 
+@pytest.mark.machine
 def test_a_disk_that_is_really_full(
     pair: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
