@@ -400,7 +400,7 @@ def test_output_that_holds_something_else(place: Place) -> None:
         (place / name).write_text("mine")
     assert "is not empty and holds no run" in place.refused(*place.train())
     assert "is not empty and holds no run" in place.refused(*place.train(resume=True))
-    assert "already holds something; choose another --output" in place.refused(*place.sample("--count", 1))
+    assert "already holds something; choose another directory" in place.refused(*place.sample("--count", 1))
     assert "already exists; choose another --output" in place.refused(*place.encode())
     generator = place.pair / "generator.safetensors"
     assert "already exists" in place.refused("export", generator, "--output", place / "out.pt")
@@ -428,7 +428,7 @@ def test_no_space_for_a_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.machine
 def test_a_disk_that_is_really_full(place: Place, small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(bytes(2 * 2**20 - 8192))
+    (small_disk / "ballast").write_bytes(bytes(2 * 2**20))
     for command in (
         [*place.sample("--count", 60), "--output", small_disk / "samples"],
         [*place.encode(), "--output", small_disk / "tokens" / "t.safetensors"],

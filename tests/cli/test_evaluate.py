@@ -125,7 +125,7 @@ def test_the_fréchet_distance_is_the_function_of_the_features(samples: Path, tm
 def test_alignment_of_a_run(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("varpi.evaluation.judging.load_extractor", lambda *_, **__: _Pixels())
+        patch.setattr("varpi.networks.loading.load_extractor", lambda *_, **__: _Pixels())
         command = ["evaluate", folder, "--kind", "alignment", "--device", "cpu", "--split", "validation"]
         assert run(*command, "--json", tmp_path / "a.json") == 0
     result = read_result(tmp_path / "a.json")

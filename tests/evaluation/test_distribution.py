@@ -16,6 +16,7 @@ from varpi.evaluation.result import differences, read_result, write_result
 from varpi.evaluation.statistics import frechet, moments
 from varpi.networks.digits import embed, load_judge
 from varpi.networks.loading import load_extractor
+from varpi.runtime import parts
 from varpi.runtime.processes import World
 from varpi.samples.images import save_npz, save_png
 from varpi.samples.reading import open_samples
@@ -138,21 +139,18 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(files, seen)
     assert not list(cache.glob("*/.*.part"))
 
 
-def test_two_processes_give_the_numbers_of_one(files):
-    class Pretended(World):
-        def barrier(self):
-            pass
-
+def test_two_processes_give_the_numbers_of_one(files, monkeypatch):
+    monkeypatch.setattr(parts, "PATIENCE", 0.1)
     expected = evaluate(files)
     toys = [Toy(), Toy()]
     cache = files / "cache"
-    assert evaluate(files, toys[1], cache=cache, world=Pretended(1, 2, "cpu")) is None
-    with pytest.raises(VarpiError, match="2 of 5 chunks are missing; do all processes see this cache"):
-        evaluate(files, Toy(), cache=cache, world=Pretended(0, 9, "cpu"))
-    assert evaluate(files, toys[0], cache=cache, world=Pretended(0, 2, "cpu")) == expected
+    assert evaluate(files, toys[1], cache=cache, world=World(1, 2, "cpu")) is None
+    with pytest.raises(VarpiError, match=r"000002.safetensors: not there after 0 seconds; another process"):
+        evaluate(files, Toy(), cache=cache, world=World(0, 9, "cpu"))
+    assert evaluate(files, toys[0], cache=cache, world=World(0, 2, "cpu")) == expected
     assert toys[1].seen == 16 + 14  # chunks 1 and 3 of samples and reference
     with pytest.raises(VarpiError, match="by several processes needs a cache directory"):
-        evaluate(files, world=Pretended(0, 2, "cpu"))
+        evaluate(files, world=World(0, 2, "cpu"))
 
 
 def test_a_reference_is_seen_once(files):

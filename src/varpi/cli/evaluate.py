@@ -1,13 +1,15 @@
 """`varpi evaluate`: measure images, or a generator."""
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from varpi.cli.options import add_device, command, digest, load_pair, recipe_of, say, warn
-from varpi.cli.sample import add_sampling, write_samples
+from varpi.cli.sample import Wanted, add_sampling, prepare
 from varpi.cli.sampling_flags import settings_of
 from varpi.errors import VarpiError
 
@@ -26,7 +28,8 @@ def add(commands: Any) -> None:
         "  alignment     of a generator, on held-out images: the two terms of the lower bound, exposure bias,\n"
         "                round trips through the tokenizer\n"
         "Every result file says by what, against what and on what samples its numbers were measured. Interrupted, it\n"
-        "goes on where it was when --cache is given; under torchrun the processes share a distribution.",
+        "goes on where it was (features and detections when --cache is given). Under torchrun the processes share the\n"
+        "sampling of a run and the features of a distribution; the numbers are those of one process.",
     )
     parser.add_argument("samples", metavar="SAMPLES", help="images, a run, or (alignment) a generator")
     kinds = ("distribution", "text", "geneval", "alignment")
@@ -82,10 +85,15 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from varpi.evaluation.result import write_result
+    from varpi.runtime.processes import find_world
 
     if options.json and Path(options.json).is_dir():
         raise VarpiError(f"--json {options.json}: is a directory")
-    result = _judge(options)
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    options.generator = options.samples
+    world = find_world(options.device)
+    result = _KINDS[options.kind](options, world, world.is_main and sys.stderr.isatty())
     if result is None:  # another process has it
         return
     for name, value in result.metrics.items():
@@ -104,111 +112,226 @@ def run(options: argparse.Namespace) -> None:
         write_result(Path(options.json), result)
 
 
-def _judge(options: argparse.Namespace) -> Any:
-    from varpi.evaluation import judging
-    from varpi.runtime.processes import choose_device
+def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> Any:
+    """Distances of a set of images to a reference; on the digits also what the judge sees."""
+    from varpi.evaluation.digits import AGREEMENT, class_agreement, digits_asked
+    from varpi.evaluation.distribution import Settings, check_distribution, evaluate_distribution
+    from varpi.evaluation.reference import open_reference
+    from varpi.networks.loading import load_extractor
+    from varpi.samples.reading import Announced, open_samples
 
-    source, progress = Path(options.samples).expanduser(), sys.stderr.isatty()
-    metrics = options.metrics.split(",") if options.metrics else None
-    cache = Path(options.cache) if options.cache else None
-    options.generator = options.samples
-    if options.batch_size < 1:
-        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
-    if options.kind == "alignment":
-        if metrics is not None:
-            raise VarpiError("--metrics: alignment has one fixed set of them")
-        generator, tokenizer = load_pair(options)
-        return judging.judge_alignment(
-            generator,
-            tokenizer,
-            recipe_of(options.samples),
-            about={"generator": options.generator, "generator_sha256": digest(options.generator)},
-            data=options.data,
-            split=options.split,
-            features=options.features,
-            weights=options.weights,
-            images=options.images,
-            batch_size=options.batch_size,
-            sampling=settings_of(options),
-            device=choose_device(options.device),
-            progress=progress,
-        )
-    world = judging.world_of(options.device)
-    device = world.device if world is not None else choose_device(options.device)
-    if judging.is_run(source):
-        source = _samples_of_run(options, source, world)
-    if options.kind == "text":
-        from varpi.evaluation.text_scores import METRICS, evaluate_text
-        from varpi.networks.clip import CLIP_B32
+    settings = Settings(
+        inception_score_splits=options.splits,
+        neighbors=options.neighbors,
+        kid_subsets=options.kid_subsets,
+        kid_subset_size=options.kid_subset_size,
+    )
+    metrics = _metrics(options)
+    wanted_metrics = None if metrics is None else [name for name in metrics if name != AGREEMENT]
+    if metrics is not None and AGREEMENT in metrics and options.features != "digits":
+        raise VarpiError(f"{AGREEMENT} is what the judge of digits sees; it needs --features digits")
+    if world.size > 1 and options.cache is None:
+        raise VarpiError("--cache is missing: a directory that all processes see, for the features that each computes")
+    source, wanted = _find_samples(options)
+    if wanted is None:
+        samples: Any = open_samples(source)
+    else:
+        samples = Announced(str(source), wanted.count, wanted.side, wanted.asked)
+    reference = options.reference or ("digits" if options.features == "digits" else None)
+    if reference is None and wanted_metrics != ["is"]:
+        raise VarpiError("--reference is missing: an ADM .npz, a folder of images, or a dataset with --reference-split")
+    asked = digits_asked(samples.sampling) if options.features == "digits" else None
+    if asked is None and metrics is not None and AGREEMENT in metrics:
+        raise VarpiError(f"{source}: no sample.json tells which digits were asked for; {AGREEMENT} needs them")
+    opened = None
+    if reference is not None:
+        opened = open_reference(reference, split=options.reference_split, image_size=samples.height)
+    extractor = load_extractor(
+        options.features, weights=options.weights, device=world.device, precision=options.precision
+    )
+    check_distribution(samples, opened, extractor=extractor, metrics=wanted_metrics, settings=settings)
+    if wanted is not None:
+        _make(wanted, source, world)
+        samples = open_samples(source)
+        del wanted  # the pair's memory
+    result = evaluate_distribution(
+        samples,
+        opened,
+        extractor=extractor,
+        metrics=wanted_metrics,
+        settings=settings,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        cache=Path(options.cache) if options.cache else None,
+        world=world,
+        device=world.device,
+        progress=progress,
+    )
+    if result is None or asked is None or (metrics is not None and AGREEMENT not in metrics):
+        return result
+    agreement, by_class = class_agreement(samples, asked, options.batch_size)
+    return dataclasses.replace(
+        result,
+        metrics={**result.metrics, AGREEMENT: agreement},
+        details={**result.details, AGREEMENT: by_class},
+    )
 
-        return evaluate_text(
-            source,
-            metrics=metrics or METRICS,
+
+def _text(options: argparse.Namespace, world: Any, progress: bool) -> Any:
+    """How well images fit their prompts. The processes share the sampling of a run; the main one measures."""
+    from varpi.evaluation.text_scores import METRICS, evaluate_text, load_scorers
+    from varpi.networks.clip import CLIP_B32
+
+    source, wanted = _find_samples(options)
+    if wanted is not None and "prompts" not in wanted.asked:
+        raise VarpiError("--kind text needs samples of prompts; these are of classes")
+    scorers = None
+    if world.is_main:
+        scorers = load_scorers(
+            _metrics(options) or METRICS,
             clip_source=options.clip or CLIP_B32,
             hps_weights=options.hps_weights,
             hps_version=options.hps_version,
-            device=device,
-            batch_size=options.batch_size,
-            progress=progress,
+            device=world.device,
         )
-    if options.kind == "geneval":
-        from varpi.evaluation.geneval import evaluate_geneval
-        from varpi.networks.clip import CLIP_L14, ClipColorist
-        from varpi.networks.mask2former import MASK2FORMER, Mask2FormerDetector
-
-        if metrics is not None:
-            raise VarpiError("--metrics: geneval has one fixed set of them")
-        seen = options.detections is not None
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            cache = cache / "detections.jsonl"
-        return evaluate_geneval(
-            source,
-            detector=None if seen else Mask2FormerDetector(options.detector or MASK2FORMER, device=device),
-            colorist=None if seen else ClipColorist(options.colorist or CLIP_L14, device=device),
-            detections=options.detections,
-            metadata=options.metadata,
-            cache=cache,
-            save=options.save_detections,
-            progress=progress,
-        )
-    from varpi.evaluation.distribution import Settings
-
-    return judging.judge_distribution(
+    if wanted is not None:
+        _make(wanted, source, world)
+        del wanted
+    if scorers is None:
+        return None
+    return evaluate_text(
         source,
-        settings=Settings(
-            inception_score_splits=options.splits,
-            neighbors=options.neighbors,
-            kid_subsets=options.kid_subsets,
-            kid_subset_size=options.kid_subset_size,
-        ),
-        features=options.features,
-        reference=options.reference,
-        reference_split=options.reference_split,
-        metrics=metrics,
-        weights=options.weights,
-        precision=options.precision,
+        metrics=_metrics(options) or METRICS,
+        scorers=scorers,
         batch_size=options.batch_size,
-        workers=options.workers,
-        cache=cache,
-        device=device,
-        world=world,
         progress=progress,
     )
 
 
-def _samples_of_run(options: argparse.Namespace, run: Path, world: Any) -> Path:
-    """The run's samples of these options, made unless they are there."""
-    from varpi.evaluation import judging
+def _geneval(options: argparse.Namespace, world: Any, progress: bool) -> Any:
+    """GenEval's tasks. The processes share the sampling of a run; the main one measures."""
+    from varpi.evaluation.geneval import evaluate_geneval
+    from varpi.networks.clip import CLIP_L14, ClipColorist
+    from varpi.networks.mask2former import MASK2FORMER, Mask2FormerDetector
 
-    asked = ("classes", "per_class", "count", "prompt", "prompts", "captions", "per_prompt", "caption_split", "limit")
-    settings = {name: getattr(options, name) for name in (*asked, "caption_column", "resize")}
-    if not any(settings[name] for name in asked[:6]):
-        raise VarpiError(f"{run} is a run: say what to sample from it (--per-class N, --prompts FILE, …)")
-    folder = judging.samples_folder(run, {**settings, **asdict(settings_of(options))})
-    if (world is None or world.is_main) and not (folder / "sample.json").is_file():
-        write_samples(options, folder)
+    if options.metrics is not None:
+        raise VarpiError("--metrics: geneval has one fixed set of them")
+    options.geneval = _is_run(Path(options.samples).expanduser())
+    source, wanted = _find_samples(options)
+    seen = options.detections is not None or not world.is_main
+    detector = None if seen else Mask2FormerDetector(options.detector or MASK2FORMER, device=world.device)
+    colorist = None if seen else ClipColorist(options.colorist or CLIP_L14, device=world.device)
+    if wanted is not None:
+        _make(wanted, source, world)
+        del wanted
+    if not world.is_main:
+        return None
+    cache = None
+    if options.cache:
+        cache = Path(options.cache, "detections.jsonl")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+    return evaluate_geneval(
+        source / "geneval" if options.geneval else source,
+        detector=detector,
+        colorist=colorist,
+        detections=options.detections,
+        metadata=options.metadata,
+        cache=cache,
+        save=options.save_detections,
+        progress=progress,
+    )
+
+
+def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
+    """Alignment on the held-out images of --data, or of the run's own source; reward and β are the run's."""
+    from varpi.data import open_dataset
+    from varpi.data.opening import open_split
+    from varpi.evaluation.alignment import evaluate_alignment
+    from varpi.methods.rewards import Reward, load_reward_network
+    from varpi.networks.loading import load_extractor
+
+    if options.metrics is not None:
+        raise VarpiError("--metrics: alignment has one fixed set of them")
+    if not world.is_main:
+        return None
+    generator, tokenizer = load_pair(options)
+    recipe = recipe_of(options.samples)
+    if options.data is not None:
+        dataset = open_dataset(options.data, image_size=generator.grid * tokenizer.downsample, split=options.split)
+    elif recipe is not None:
+        dataset = open_split(recipe.data, options.split)
+    else:
+        raise VarpiError("--data is missing: the held-out images to measure alignment on")
+    chosen: dict[str, Any] = {"perceptual_weight": 0.0}
+    perceptual = None
+    settings = {} if recipe is None else dict(recipe.method)
+    reward = settings.get("reward")
+    if isinstance(reward, Reward):
+        chosen = {"mse_weight": reward.mse_weight, "perceptual_weight": reward.perceptual_weight}
+        perceptual = load_reward_network(reward, world.device)
+    chosen |= {name: settings[name] for name in ("prior_weight", "context_noise") if name in settings}
+    result = evaluate_alignment(
+        generator,
+        tokenizer,
+        dataset,
+        extractor=load_extractor(options.features, weights=options.weights, device=world.device),
+        perceptual=perceptual,
+        images=options.images,
+        batch_size=options.batch_size,
+        sampling=settings_of(options),
+        progress=progress,
+        **chosen,
+    )
+    about = {"generator": options.generator, "generator_sha256": digest(options.generator)}
+    return dataclasses.replace(result, sampling={**about, **(result.sampling or {})})
+
+
+_KINDS = {"distribution": _distribution, "text": _text, "geneval": _geneval, "alignment": _alignment}
+
+
+def _metrics(options: argparse.Namespace) -> list[str] | None:
+    return options.metrics.split(",") if options.metrics else None
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory holds a training run with a model."""
+    return (path / "recipe.yaml").is_file() and (path / "model.safetensors").is_file()
+
+
+def _find_samples(options: argparse.Namespace) -> tuple[Path, Wanted | None]:
+    """Where the samples are, and for a run, what is to be made there before they are."""
+    from varpi.samples.reading import RECORD
+
+    source = Path(options.samples).expanduser()
+    if not _is_run(source):
+        return source, None
+    if not any(getattr(options, name) for name in _ASKED):
+        raise VarpiError(f"{source} is a run: say what to sample from it (--per-class N, --prompts FILE, …)")
+    model = (source / "model.safetensors").stat()
+    settings = {name: getattr(options, name) for name in (*_ASKED, *_SHAPE)} | dataclasses.asdict(settings_of(options))
+    key = json.dumps([settings, model.st_size, model.st_mtime_ns], sort_keys=True, default=str)
+    folder = source / "samples" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    if (folder / RECORD).is_file() and (not options.geneval or (folder / "geneval").is_dir()):
+        return folder, None
+    return folder, prepare(options, folder)
+
+
+_ASKED = ("classes", "per_class", "count", "prompt", "prompts", "captions")
+_SHAPE = (
+    "per_prompt",
+    "caption_split",
+    "caption_column",
+    "limit",
+    "resize",
+    "tokenizer",
+    "tokenizer_architecture",
+    "architecture",
+    "image_size",
+    "text_encoder",
+)
+"""What else than `_ASKED` and the settings of sampling decides a run's samples."""
+
+
+def _make(wanted: Wanted, folder: Path, world: Any) -> None:
+    if wanted.make(folder, world, together=True) and world.is_main:
         warn(f"wrote samples to {folder}")
-    if world is not None:
-        world.barrier()
-    return folder

@@ -3,7 +3,9 @@
 import argparse
 import shutil
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ def add(commands: Any) -> None:
         "generate images",
         "Generate images free-running, of classes or of prompts, as the generator is conditioned. Writes\n"
         "OUTPUT/00000.png …, grid.png, samples.npz (ADM's layout: arr_0) and sample.json with every setting;\n"
-        "with --geneval also OUTPUT/geneval in GenEval's layout.",
+        "with --geneval also OUTPUT/geneval in GenEval's layout. Interrupted, the same command goes on where it was.\n"
+        "Processes share the images, which are the same for any number of them:\n"
+        "  torchrun --nproc-per-node 8 -m varpi sample runs/xxl --per-class 50 --output samples",
     )
     add_pair(parser)
-    parser.add_argument("--output", required=True, help="directory for the images; must not exist or be empty")
+    parser.add_argument("--output", required=True, help="directory for the images: new, or with these very samples")
     add_sampling(parser, required=True)
     parser.add_argument("--batch-size", type=int, default=64, help="images in flight (default: %(default)s)")
     parser.add_argument(
@@ -32,9 +36,13 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    output = _fresh_directory(options.output)
-    count = write_samples(options, output)
-    say(f"wrote {count} images to {output}")
+    from varpi.runtime.processes import find_world
+
+    world, output = find_world(options.device), Path(options.output)
+    wanted = prepare(options, output)
+    made = wanted.make(output, world)
+    if world.is_main:
+        say(f"wrote {wanted.count} images to {output}" if made else f"{output} holds all {wanted.count} images already")
 
 
 def add_sampling(parser: Any, *, required: bool) -> None:
@@ -56,51 +64,108 @@ def add_sampling(parser: Any, *, required: bool) -> None:
     )
 
 
-def write_samples(options: argparse.Namespace, output: Path) -> int:
-    """Generate what the options ask for into `output`."""
-    from varpi.samples.writing import write_samples
+@dataclass(frozen=True)
+class Wanted:
+    """Samples to make: everything is loaded and checked, nothing is made."""
 
+    generator: Any
+    tokenizer: Any
+    condition: Any
+    side: int
+    sampling: Any
+    record: Mapping[str, Any]
+    resize: int | None
+    batch_size: int
+    geneval: Sequence[Mapping[str, Any]] | None
+    """GenEval's metadata where its layout is wanted, a record for each prompt."""
+
+    @property
+    def count(self) -> int:
+        return len(self.condition)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What each image is to show, as sample.json says it."""
+        from varpi.samples.writing import asked_for
+
+        return asked_for(self.condition)
+
+    def make(self, output: Path, world: Any, *, together: bool = False) -> bool:
+        """Make this process's share in `output`; False when all was there. The main process waits for all.
+
+        together: the others too.
+        """
+        from varpi.samples.writing import write_samples
+
+        made = write_samples(
+            output,
+            self.generator,
+            self.tokenizer,
+            self.condition,
+            sampling=self.sampling,
+            record=self.record,
+            resize=self.resize,
+            batch_size=self.batch_size,
+            world=world,
+            together=together,
+            progress=world.is_main and sys.stderr.isatty(),
+        )
+        if self.geneval is not None and world.is_main and not (output / "geneval").exists():
+            _write_geneval(output, self.geneval, self.count)
+        return made
+
+
+def prepare(options: argparse.Namespace, output: Path) -> Wanted:
+    """Load the pair and see that what the options ask for can be made in `output`."""
+    from varpi.data.prompts import read_geneval_metadata
+    from varpi.samples.writing import check_space, image_side
+
+    sampling, metadata = settings_of(options), None
+    if options.geneval:
+        if options.prompts is None:
+            raise VarpiError("--geneval: give GenEval's metadata by --prompts")
+        metadata = read_geneval_metadata(options.prompts)[: options.limit]
     prompts = _prompts(options)
     generator, tokenizer = load_pair(options)
-    condition: Any = _classes(options, generator.num_classes) if prompts is None else prompts
+    side = image_side(generator, tokenizer, options.resize)
+
+    def check(count: int) -> None:
+        check_space(output, count, side)
+
+    if prompts is None:
+        condition = _classes(options, generator.num_classes, check)
+    else:
+        condition = _repeated(options, prompts, check)
     record = {"generator": options.generator, "generator_sha256": digest(options.generator)}
-    count = write_samples(
-        output,
+    return Wanted(
         generator,
         tokenizer,
         condition,
-        sampling=settings_of(options),
+        side,
+        sampling=sampling,
         record={**record, "tokenizer": options.tokenizer},
         resize=options.resize,
         batch_size=options.batch_size,
-        progress=sys.stderr.isatty(),
+        geneval=metadata,
     )
-    if options.geneval:
-        _write_geneval(options, output)
-    return count
 
 
-def _write_geneval(options: argparse.Namespace, output: Path) -> None:
-    import numpy as np
-
-    from varpi.data.images import decode
-    from varpi.data.prompts import read_geneval_metadata
+def _write_geneval(output: Path, metadata: Sequence[Mapping[str, Any]], count: int) -> None:
+    """Write output/geneval from the finished samples in `output`, whole or not at all."""
     from varpi.evaluation.geneval import write_geneval_folder
+    from varpi.samples.reading import RECORD, open_samples
 
-    if options.prompts is None:
-        raise VarpiError("--geneval: give GenEval's metadata by --prompts")
-    metadata = read_geneval_metadata(options.prompts)[: options.limit]
-    files = [
-        [output / f"{prompt * options.per_prompt + i:05d}.png" for i in range(options.per_prompt)]
-        for prompt in range(len(metadata))
-    ]
-    images = (np.stack([np.asarray(decode(file, str(file))) for file in group]) for group in files)
-    write_geneval_folder(output / "geneval", metadata, images)
-    shutil.copyfile(output / "sample.json", output / "geneval" / "sample.json")
+    samples, each = open_samples(output), count // len(metadata)
+    groups = samples.batches([range(first, first + each) for first in range(0, count, each)])
+    aside = output / ".geneval-unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    write_geneval_folder(aside, metadata, (group.images.permute(0, 2, 3, 1).numpy() for group in groups))
+    shutil.copyfile(output / RECORD, aside / RECORD)
+    aside.rename(output / "geneval")
 
 
 def _prompts(options: argparse.Namespace) -> list[str] | None:
-    """What to write images of, each `per_prompt` times; None when classes are asked for."""
+    """What to write images of, each once; None when classes are asked for."""
     from varpi.data import BadImage, Dropped, open_dataset
     from varpi.data.prompts import read_prompts
 
@@ -126,10 +191,16 @@ def _prompts(options: argparse.Namespace) -> list[str] | None:
             raise VarpiError(f"--captions {options.captions}: none of its {len(dataset)} rows has a usable caption")
     else:
         return None
-    return [prompt for prompt in prompts[: options.limit] for _ in range(options.per_prompt)]
+    return prompts[: options.limit]
 
 
-def _classes(options: argparse.Namespace, num_classes: int | None) -> Any:
+def _repeated(options: argparse.Namespace, prompts: Sequence[str], check: Callable[[int], None]) -> list[str]:
+    """Each prompt `per_prompt` times. check: is asked whether so many images can be made, before they take memory."""
+    check(len(prompts) * options.per_prompt)
+    return [prompt for prompt in prompts for _ in range(options.per_prompt)]
+
+
+def _classes(options: argparse.Namespace, num_classes: int | None, check: Callable[[int], None]) -> Any:
     import torch
 
     if num_classes is None:
@@ -137,18 +208,13 @@ def _classes(options: argparse.Namespace, num_classes: int | None) -> Any:
     if options.classes is not None:
         try:
             return torch.tensor([int(part) for part in options.classes.split(",")])
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # no number, or beyond int64
             raise VarpiError(f"--classes {options.classes}: expected whole numbers separated by commas") from error
     count = options.per_class if options.per_class is not None else options.count
     if count < 1:
         raise VarpiError(f"the number of images is {count}; it must be at least 1")
     if options.per_class is not None:
+        check(count * num_classes)
         return torch.arange(num_classes).repeat(count)  # any run of neighbors is balanced, as for splits of scores
+    check(count)
     return torch.randint(num_classes, (count,), generator=torch.Generator().manual_seed(options.seed))
-
-
-def _fresh_directory(name: str) -> Path:
-    path = Path(name)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise VarpiError(f"{path} already holds something; choose another --output")
-    return path

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from varpi.data.dataset import BadImage, Captioned, Dropped, Item
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, write_aside, write_text
+from varpi.runtime.parts import difference
 
 Form = Literal["safetensors", "npy"]
 """safetensors: "features" bfloat16 (L, C), which loses nothing of an encoder that computes in bfloat16. npy: float32
@@ -26,8 +28,10 @@ Form = Literal["safetensors", "npy"]
 _LOOKED_FOR = 1000
 
 
-def write_features(path: Path, features: Tensor, form: Form) -> None:
+def write_features(path: Path, features: Tensor, form: Form, *, sync: bool = True) -> None:
     """Write one caption's features, float (L, C), to `path`, whose name must end in the form's suffix.
+
+    sync: see `write_aside`.
 
     Raises:
         VarpiError: they are not features (see `read_features`), or cannot be written; `path` is as before.
@@ -45,7 +49,7 @@ def write_features(path: Path, features: Tensor, form: Form) -> None:
         def write(aside: Path) -> None:
             save_file({"features": features.bfloat16().contiguous()}, aside)
 
-    write_aside(path, write)
+    write_aside(path, write, sync=sync)
 
 
 def read_features(path: Path) -> Tensor:
@@ -162,12 +166,13 @@ def encode_captions(
     """Write the features of every caption of `dataset` to `root/key.form`; start again and it goes on.
 
     Files that are there and readable are kept, damaged ones written anew. `root/encoder.json` records what the
-    features come from.
+    features come from. Rounding depends on the company in a pass, and a pass is always of the captions of the rows
+    [k b, (k + 1) b) for a batch size b: the files are the same bytes for any number of processes, and resumed or not.
 
     Args:
         form: of the files, see `Form`.
-        batch_size: captions in one pass of the encoder; it becomes `encoder.batch_size`.
-        rank: this process's number in [0, world_size); it encodes the items i with i % world_size == rank.
+        batch_size: rows in one pass of the encoder; it becomes `encoder.batch_size`.
+        rank: this process's number in [0, world_size); it encodes the passes k with k % world_size == rank.
         world_size: number of processes that share the work.
         progress: show a bar on stderr.
 
@@ -182,32 +187,35 @@ def encode_captions(
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     if not 0 <= rank < world_size:
         raise VarpiError(f"rank is {rank}; it must be in [0, {world_size})")
-    _claim(root, encoder, form)
+    ours = {"encoder": encoder.source, "width": encoder.width, "max_tokens": encoder.max_tokens, "form": form}
+    record = root / "encoder.json"
+    if other := difference(record, ours):
+        raise VarpiError(f"{record}: {other}; choose another root")
+    write_text(record, json.dumps(ours, indent=2) + "\n")  # now, so that trouble with the root shows
     encoder.batch_size = batch_size
     written = kept = dropped = 0
-    waiting: list[tuple[Path, str]] = []
-    indices = range(rank, len(dataset), world_size)
+    starts = range(0, len(dataset), batch_size)[rank::world_size]
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        for index in bar.track(indices, description="encoding captions"):
-            path = Path(f"{_below(root, dataset.key(index))}.{form}")
-            if _is_kept(path, encoder.width):
-                kept += 1
-                continue
-            try:
-                waiting.append((path, dataset.caption(index)))
-            except Dropped:
-                dropped += 1
-            if len(waiting) == batch_size:
-                written += _write(waiting, encoder, form)
-                waiting = []
-    written += _write(waiting, encoder, form)
+        for start in bar.track(starts, description="encoding captions"):
+            captions: dict[Path, str] = {}
+            missing: set[Path] = set()
+            for index in range(start, min(start + batch_size, len(dataset))):
+                path = Path(f"{_below(root, dataset.key(index))}.{form}")
+                there = _is_kept(path, encoder.width)
+                try:
+                    captions[path] = dataset.caption(index)
+                except Dropped:
+                    dropped += not there
+                else:
+                    missing |= set() if there else {path}
+                kept += there
+            if missing:
+                for path, features in zip(captions, encoder([*captions.values()]), strict=True):
+                    if path in missing:
+                        write_features(path, features, form, sync=False)
+                written += len(missing)
+    os.sync()  # once for all files
     return EncodeCounts(written, kept, dropped)
-
-
-def _write(waiting: list[tuple[Path, str]], encoder: TextEncoder, form: Form) -> int:
-    for (path, _), features in zip(waiting, encoder([caption for _, caption in waiting]), strict=True):
-        write_features(path, features, form)
-    return len(waiting)
 
 
 def _is_kept(path: Path, width: int) -> bool:
@@ -221,22 +229,6 @@ def _is_kept(path: Path, width: int) -> bool:
     if found != width:
         raise VarpiError(f"{path}: holds features of width {found}, the encoder's is {width}; choose another root")
     return True
-
-
-def _claim(root: Path, encoder: TextEncoder, form: Form) -> None:
-    """Record whose features `root` holds, or find out that they are another's. Writes, so that trouble shows now."""
-    ours = {"encoder": encoder.source, "width": encoder.width, "max_tokens": encoder.max_tokens, "form": form}
-    path = root / "encoder.json"
-    if path.is_file():
-        try:
-            theirs: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise VarpiError(f"{path}: cannot be read ({line(error)}); remove it, or choose another root") from error
-        for name, value in ours.items():
-            if not isinstance(theirs, dict) or theirs.get(name) != value:
-                found = theirs.get(name) if isinstance(theirs, dict) else theirs
-                raise VarpiError(f"{path}: {name} is {found!r}, here it is {value!r}; choose another root")
-    write_text(path, json.dumps(ours, indent=2) + "\n")
 
 
 def _below(root: Path, key: str) -> Path:

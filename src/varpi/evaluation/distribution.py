@@ -40,8 +40,6 @@ class Processes(Protocol):
     @property
     def size(self) -> int: ...
 
-    def barrier(self) -> None: ...
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -102,6 +100,8 @@ def evaluate_distribution(
         device: where distances between vectors are computed.
         progress: show a bar on stderr.
 
+    Processes meet nowhere: the first waits for the files of the others, for an hour each at most.
+
     The sha256 of samples and reference in the result is that of the pixels which the features were computed from; an
     `.npz` with statistics is known by that of the file.
 
@@ -123,13 +123,26 @@ def evaluate_distribution(
         stores = [FeatureStore.of(Path(folder), images, extractor) for images in seen]
         for store in stores:
             store.extract(extractor, batch_size=batch_size, workers=workers, share=(rank, size), progress=progress)
-        if world is not None:
-            world.barrier()
         if rank != 0:
             return None
         for store in stores:
-            store.check()
+            store.wait()
         return job.measure(chosen, warnings, stores[0], stores[1] if len(stores) > 1 else None, device)
+
+
+def check_distribution(
+    samples: SampleSet,
+    reference: Reference | None,
+    *,
+    extractor: FeatureExtractor,
+    metrics: Collection[str] | None = None,
+    settings: Settings | None = None,
+) -> None:
+    """Raise what `evaluate_distribution` would raise of these arguments, without looking at an image.
+
+    samples: perhaps `Announced`.
+    """
+    _Job(samples, reference, extractor, settings or Settings()).choose(metrics)
 
 
 @dataclass(frozen=True)

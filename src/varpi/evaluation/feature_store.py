@@ -24,6 +24,7 @@ from varpi.errors import VarpiError
 from varpi.evaluation.statistics import Moments, moments_of_parts
 from varpi.networks.extractors import FeatureExtractor
 from varpi.runtime.files import write_aside, write_text
+from varpi.runtime.parts import wait
 from varpi.samples.reading import HashedImages, SampleSet, contents_sha256
 
 CHUNK = 512
@@ -80,18 +81,14 @@ class FeatureStore:
                     bar.advance(task, len(batch.images))
                 self._write(number, parts)
 
-    def check(self) -> None:
-        """See that every chunk is there, and that the images are still those that were read.
+    def wait(self) -> None:
+        """Wait until every chunk is there, and see that the images are still those that were read.
 
         Raises:
-            VarpiError: otherwise.
+            VarpiError: a chunk does not appear, perhaps because not all processes see this cache; or they are not.
         """
-        absent = [number for number in range(len(self.chunks)) if not self._is_complete(number)]
-        if absent:
-            raise VarpiError(
-                f"{self._path(absent[0])}: {len(absent)} of {len(self.chunks)} chunks are missing; do all processes "
-                "see this cache?"
-            )
+        for number in range(len(self.chunks)):
+            wait(lambda number=number: self._is_complete(number) or None, f"{self._path(number)}")
         if self.images.key != self.key:
             raise VarpiError(f"{self.images.source}: its files changed while they were measured; evaluate them again")
 

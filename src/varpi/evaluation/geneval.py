@@ -7,6 +7,7 @@ The rules know no model: they judge detections, which `varpi.evaluation.detectio
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -241,9 +242,10 @@ def write_geneval_folder(root: str | Path, metadata: Sequence[Mapping[str, Any]]
         folder = root / f"{count - 1:05d}"
         if folder.exists():
             raise VarpiError(f"{folder}: is there already; choose another directory")
-        write_text(folder / "metadata.jsonl", json.dumps(metadata[count - 1]) + "\n")
+        write_text(folder / "metadata.jsonl", json.dumps(metadata[count - 1]) + "\n", sync=False)
         for i, image in enumerate(batch):
-            save_png(folder / "samples" / f"{i:04d}.png", image)
+            save_png(folder / "samples" / f"{i:04d}.png", image, sync=False)
+    os.sync()  # once for all files
     if count != len(metadata):
         more = "at least " if count > len(metadata) else ""
         raise VarpiError(f"{root}: {len(metadata)} prompts and images of {more}{count}; every prompt needs its images")

@@ -74,6 +74,7 @@ def evaluate_text(
     hps_weights: str | Path | None = None,
     hps_version: str = "v2.1",
     hps_architecture: Architecture = "ViT-H-14",
+    scorers: Sequence[Scorer] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 32,
     progress: bool = False,
@@ -83,7 +84,8 @@ def evaluate_text(
     source: a set of images as `open_samples` takes it.
     prompts: one for each image, in their order; by default those of sample.json (`varpi sample`), or of the
         metadata.jsonl beside each image of a folder in GenEval's layout.
-    metrics: "clip" (metric clip_score), "hps" (metric hps_v2.1 or hps_v2.0, by `hps_version`).
+    metrics, clip_source, hps_weights, hps_version, hps_architecture: of the scorers, see `load_scorers`.
+    scorers: those to use, where they are loaded already.
     progress: show a bar on stderr.
 
     The standard error takes images for independent; several of one prompt are less so. The result's details hold the
@@ -92,18 +94,19 @@ def evaluate_text(
     Raises VarpiError for another number of prompts than images, prompts that nobody recorded, unknown metrics, and as
     `open_samples`, `ClipScorer` and `HpsScorer` do.
     """
-    if unknown := [metric for metric in metrics if metric not in METRICS]:
-        raise VarpiError(f"there is no text metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-    if not metrics:
-        raise VarpiError(f"no text metric was asked for; there are {', '.join(METRICS)}")
+    _check_metrics(metrics)
     samples = open_samples(source)
     texts = _recorded_prompts(Path(source).expanduser(), samples) if prompts is None else list(prompts)
     _check_count(texts, samples.count, str(source))
-    scorers: list[Scorer] = []
-    if "clip" in metrics:
-        scorers.append(ClipScorer(clip_source, device=device))
-    if "hps" in metrics:
-        scorers.append(HpsScorer(hps_weights, version=hps_version, device=device, architecture=hps_architecture))
+    if scorers is None:
+        scorers = load_scorers(
+            metrics,
+            clip_source=clip_source,
+            hps_weights=hps_weights,
+            hps_version=hps_version,
+            hps_architecture=hps_architecture,
+            device=device,
+        )
     values, sha256 = _score_set(samples, texts, scorers, batch_size, progress)
     means: dict[str, float] = {}
     for name, scores in values.items():
@@ -130,6 +133,35 @@ def evaluate_text(
             "images": {name: scores.tolist() for name, scores in values.items()},
         },
     )
+
+
+def load_scorers(
+    metrics: Sequence[str] = METRICS,
+    *,
+    clip_source: str | Path = CLIP_B32,
+    hps_weights: str | Path | None = None,
+    hps_version: str = "v2.1",
+    hps_architecture: Architecture = "ViT-H-14",
+    device: torch.device | str = "cpu",
+) -> list[Scorer]:
+    """What computes `metrics`: "clip" (metric clip_score), "hps" (metric hps_v2.1 or hps_v2.0, by `hps_version`).
+
+    Raises VarpiError for unknown metrics, and as `ClipScorer` and `HpsScorer` do.
+    """
+    _check_metrics(metrics)
+    scorers: list[Scorer] = []
+    if "clip" in metrics:
+        scorers.append(ClipScorer(clip_source, device=device))
+    if "hps" in metrics:
+        scorers.append(HpsScorer(hps_weights, version=hps_version, device=device, architecture=hps_architecture))
+    return scorers
+
+
+def _check_metrics(metrics: Sequence[str]) -> None:
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        raise VarpiError(f"there is no text metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+    if not metrics:
+        raise VarpiError(f"no text metric was asked for; there are {', '.join(METRICS)}")
 
 
 def _score_set(

@@ -14,10 +14,13 @@ from safetensors import SafetensorError
 from varpi.errors import VarpiError
 
 
-def write_aside(path: str | os.PathLike[str], write: Callable[[Path], object], *, size: int = 0) -> None:
+def write_aside(
+    path: str | os.PathLike[str], write: Callable[[Path], object], *, size: int = 0, sync: bool = True
+) -> None:
     """Have `write` fill a file beside `path` that then takes its place, so that `path` is old or new, never half.
 
     size: how many bytes it will be, about, where that is known beforehand.
+    sync: also after a power failure. Not for one of thousands of files: sync once, when all are written.
 
     Raises:
         VarpiError: it cannot be written, for instance for lack of space; `path` is as before.
@@ -35,8 +38,9 @@ def write_aside(path: str | os.PathLike[str], write: Callable[[Path], object], *
         mode = aside.stat().st_mode  # what the user's umask says; safetensors would make the file private
         write(aside)
         aside.chmod(mode)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         raise VarpiError(f"{path}: could not be written ({line(error)}); nothing was overwritten") from error
@@ -45,9 +49,9 @@ def write_aside(path: str | os.PathLike[str], write: Callable[[Path], object], *
             aside.unlink()
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str, *, sync: bool = True) -> None:
     """Replace a text file by way of `write_aside`."""
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"), sync=sync)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

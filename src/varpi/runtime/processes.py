@@ -109,8 +109,15 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def join_world(device: str | None) -> World:
-    """Join the processes that torchrun started, or be the only one. `device` None: CUDA when there is any."""
+def total_memory(device: str | torch.device) -> int:
+    """Bytes of memory that a device has in all, the CPU's being the machine's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def find_world(device: str | None) -> World:
+    """The processes that torchrun started, which need not meet: this one's place among them. `device` as below."""
     device = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -118,9 +125,15 @@ def join_world(device: str | None) -> World:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    return World(dist.get_rank(), size, device)
+    return World(int(os.environ["RANK"]), size, device)
+
+
+def join_world(device: str | None) -> World:
+    """Join the processes that torchrun started, or be the only one. `device` None: CUDA when there is any."""
+    world = find_world(device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo")
+    return world
 
 
 @contextmanager

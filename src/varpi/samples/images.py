@@ -30,10 +30,10 @@ def resize_384_to_256(images: torch.Tensor) -> torch.Tensor:
     return functional.interpolate(images.float(), size=(256, 256), mode="bicubic", align_corners=False)
 
 
-def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write one uint8 image (H,W,3) as PNG; its directory is made when missing."""
+def save_png(path: str | os.PathLike[str], image: np.ndarray, *, sync: bool = True) -> None:
+    """Write one uint8 image (H,W,3) as PNG; its directory is made when missing. sync: see `write_aside`."""
     check_bytes(image[None], "image")
-    write_aside(path, lambda aside: Image.fromarray(image).save(aside, format="png"))
+    write_aside(path, lambda aside: Image.fromarray(image).save(aside, format="png"), sync=sync)
 
 
 def save_grid(path: str | os.PathLike[str], images: np.ndarray, *, columns: int | None = None) -> None:
@@ -65,7 +65,10 @@ class NpzWriter:
     def __enter__(self) -> Self:
         with ExitStack() as opening:
             archive = opening.enter_context(zipfile.ZipFile(self._aside, "w", zipfile.ZIP_STORED))
-            self._member = opening.enter_context(archive.open("arr_0.npy", "w", force_zip64=True))
+            # A member's own date, so that the same images are the same bytes at any time
+            member = zipfile.ZipInfo("arr_0.npy", (1980, 1, 1, 0, 0, 0))
+            member.external_attr = 0o600 << 16
+            self._member = opening.enter_context(archive.open(member, "w", force_zip64=True))
             header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
             np.lib.format.write_array_header_1_0(self._member, header)
             self._open = opening.pop_all()

@@ -32,6 +32,10 @@ from varpi.errors import VarpiError
 from varpi.runtime.files import line
 
 Source = str | os.PathLike[str]
+RECORD = "sample.json"
+"""What `varpi sample` writes beside images, last of all: how they were made."""
+UNFINISHED = "unfinished.json"
+"""The same while images are being made."""
 
 
 class HashedImages(NamedTuple):
@@ -72,6 +76,21 @@ class SampleSet(ABC):
             VarpiError: an image cannot be read, or its size is another.
         """
         return _ahead(map(_hashed, self._arrays(ranges)))
+
+
+class Announced(SampleSet):
+    """A set that is to be made, of which size and number are known: for checks beforehand."""
+
+    def __init__(self, source: str, count: int, side: int, sampling: Mapping[str, Any]) -> None:
+        self.source, self.count, self.sampling = source, count, sampling
+        self.height = self.width = side
+
+    @property
+    def key(self) -> str:
+        raise VarpiError(f"{self.source}: its samples are not made yet")
+
+    def _arrays(self, ranges: Sequence[range]) -> Iterator[np.ndarray]:
+        raise VarpiError(f"{self.source}: its samples are not made yet")
 
 
 class NpzImages(SampleSet):
@@ -246,6 +265,8 @@ def open_samples(source: Source) -> SampleSet:
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        if (path / UNFINISHED).is_file():
+            raise VarpiError(f"{path}: its samples are unfinished; run `varpi sample` again, which goes on with them")
         images = _open_folder(path)
         images.sampling = _sampling(path, images.count)
         return images
@@ -291,7 +312,7 @@ def _open_folder(path: Path) -> SampleSet:
 
 def _sampling(folder: Path, count: int) -> dict[str, Any] | None:
     """The record of `varpi sample`, if there is one."""
-    path = folder / "sample.json"
+    path = folder / RECORD
     if not path.is_file():
         return None
     try:
