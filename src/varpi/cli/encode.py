@@ -71,15 +71,14 @@ def _encode_images(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from varpi.data import BadImage, Dropped, open_dataset
-    from varpi.runtime.files import write_aside
+    from varpi.runtime.files import check_output, write_aside
     from varpi.runtime.processes import choose_device
     from varpi.weights import load_tokenizer
 
     device = choose_device(options.device)
     if options.batch_size < 1:
         raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
-    if Path(options.output).exists():
-        raise VarpiError(f"{options.output} already exists; choose another --output")
+    check_output("--output", options.output)
     dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
     tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)
     tokens, classes, indices = [], [], []

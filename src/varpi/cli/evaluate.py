@@ -84,11 +84,14 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from varpi.evaluation.result import write_result
+    from varpi.evaluation.result import MARKER, write_result
+    from varpi.runtime.files import check_output
     from varpi.runtime.processes import find_world
 
-    if options.json and Path(options.json).is_dir():
-        raise VarpiError(f"--json {options.json}: is a directory")
+    if options.json:
+        check_output("--json", options.json, marker=MARKER)
+    if options.save_detections:
+        check_output("--save-detections", options.save_detections)
     if options.batch_size < 1:
         raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
     options.generator = options.samples

@@ -1,11 +1,9 @@
 """`varpi export`: a checkpoint under the names of the original code."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from varpi.cli.options import command, say
-from varpi.errors import VarpiError
 
 
 def add(commands: Any) -> None:
@@ -24,10 +22,10 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from varpi.runtime.files import check_output
     from varpi.weights import export_original, load_generator, load_tokenizer
 
-    if Path(options.output).exists():
-        raise VarpiError(f"{options.output} already exists; choose another --output")
+    check_output("--output", options.output)
     model = load_tokenizer(options.checkpoint) if options.tokenizer else load_generator(options.checkpoint)
     export_original(model, options.output)
     say(f"wrote {options.output}")

@@ -9,6 +9,9 @@ from typing import Any
 from varpi.cli.options import add_device, command, say
 from varpi.errors import VarpiError
 
+PAGE = b'<meta name="generator" content="varpi">'
+"""What every page of this command holds, and what it replaces must."""
+
 
 def add(commands: Any) -> None:
     parser = command(
@@ -36,6 +39,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from varpi.runtime.files import check_output
     from varpi.runtime.processes import choose_device
 
     device = choose_device(options.device)
@@ -44,6 +48,10 @@ def run(options: argparse.Namespace) -> None:
     if options.run_directory is not None:
         from varpi.report.run import report_run
 
+        if options.output is not None:
+            raise VarpiError("--output is for --compare; the page of a RUN is RUN/report.html")
+        check_output("the page", Path(options.run_directory, "report.html"), marker=PAGE)
+
         page = report_run(Path(options.run_directory), per_condition=options.samples, device=device)
     else:
         from varpi.networks.loading import load_extractor
@@ -51,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
         if options.output is None:
             raise VarpiError("--output is missing: the page to write")
+        check_output("--output", options.output, marker=PAGE)
         extractor = None
         if options.embeddings:
             extractor = load_extractor(options.embeddings, weights=options.weights, device=device)

@@ -14,6 +14,8 @@ from varpi.errors import VarpiError
 from varpi.runtime.files import write_text
 
 FORMAT = 1
+MARKER = f'{{\n  "format": {FORMAT},\n  "kind": "'.encode()
+"""How the file of a result begins."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,31 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return open(number, "rb")
 
 
+def check_output(option: str, path: str | os.PathLike[str], *, marker: bytes | None = None) -> None:
+    """See that writing an output will destroy nothing but an earlier output of its kind.
+
+    option: what to call the path in errors. marker: what the first 4 KiB of every file of this kind hold; None: nothing
+    that exists may be replaced.
+
+    Raises:
+        VarpiError: something else lies there.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if marker is None:
+        raise VarpiError(f"{option} {path}: already exists; choose another")
+    if path.is_dir():
+        raise VarpiError(f"{option} {path}: is a directory; give the name of a file")
+    try:
+        with open_regular(path) as file:
+            ours = marker in file.read(4096)
+    except OSError as error:
+        raise VarpiError(f"{option} {path}: is in the way ({error.strerror or error}); choose another") from error
+    if not ours:
+        raise VarpiError(f"{option} {path}: holds something else and is not replaced; choose another")
+
+
 def line(error: BaseException) -> str:
     """An exception on one line."""
     text = str(error).strip().splitlines()
