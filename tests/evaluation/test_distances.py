@@ -70,6 +70,12 @@ def test_precision_recall_by_hand():
     assert recall == 0.2  # the points 4 and 5
 
 
+def test_a_vector_on_the_surface_of_a_ball_is_inside():
+    reference = np.array([[float(i), 0.0] for i in range(10)])
+    samples = np.array([[-2.0, 0.0], [-1.0, 0.0]])  # -1 and 0 lie on the surface of each other's balls
+    assert precision_recall(reference, samples, k=1) == (0.5, 0.1)
+
+
 def test_precision_recall_of_a_set_with_itself_and_a_far_one():
     points = normal(40, 3) + 1000
     assert precision_recall(points, points[::-1]) == (1.0, 1.0)

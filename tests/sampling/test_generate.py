@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from golden import golden
 from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
+from varpi.objective.rollout import invert
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.sampling.generate import filter_logits, generate, generate_with
 from varpi.sampling.settings import Sampling
 
@@ -123,6 +126,21 @@ def test_only_guidance_doubles_the_batch(generator: LlamaGen, monkeypatch: pytes
     assert sizes[6:] == [6, 6, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("topk20", {"top_k": 20}),
+        ("topk50_topp0.9", {"top_k": 50, "top_p": 0.9}),
+        ("topp0.7_t0.8", {"top_p": 0.7, "temperature": 0.8}),
+    ],
+)
+def test_filters_equal_the_original(name: str, settings: dict) -> None:
+    values, _ = golden("llamagen_c2i_small")
+    probabilities = filter_logits(values["probs.logits"], Sampling(**settings))
+    torch.testing.assert_close(probabilities, values[f"probs.{name}"], atol=1e-6, rtol=0)
+    assert torch.equal(probabilities == 0, values[f"probs.{name}"] == 0)
+
+
 def test_filters_worked_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     torch.testing.assert_close(filter_logits(logits, Sampling()), torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
@@ -132,6 +150,22 @@ def test_filters_worked_by_hand() -> None:
     torch.testing.assert_close(filter_logits(logits, Sampling(top_p=0.1)), torch.tensor([[1.0, 0, 0, 0]]))
     squares = torch.tensor([[0.25, 0.0625, 0.0225, 0.01]])
     torch.testing.assert_close(filter_logits(logits, Sampling(temperature=0.5)), squares / squares.sum())
+
+
+def test_top_p_goes_on_until_the_sum_exceeds_it() -> None:
+    """As LlamaGen's filter: a sum that equals p exactly does not end the choice."""
+    kept = filter_logits(torch.zeros(1, 4), Sampling(top_p=0.5))  # sums .25, .5, .75
+    assert sorted(kept[0].tolist()) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_draws_are_those_of_the_stream_of_generation(generator: LlamaGen) -> None:
+    """A training step draws from other streams, so that a run never samples what it was trained on."""
+    tokens = generate(generator, CLASSES, seed=11, first=5)
+    generator.eval()
+    draws = uniforms(11, 0, range(5, 5 + len(CLASSES)), (16,), stream=Stream.GENERATION)
+    with torch.no_grad():
+        probabilities = generator.logits(tokens, CLASSES).softmax(-1)
+    assert torch.equal(invert(probabilities.flatten(0, 1), draws.reshape(-1, 1)).view_as(tokens), tokens)
 
 
 def test_sampled_frequencies_match_the_probabilities(generator: LlamaGen) -> None:

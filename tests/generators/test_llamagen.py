@@ -1,4 +1,4 @@
-"""Models against the golden outputs of the original implementations, their weights loaded as any foreign checkpoint."""
+"""LlamaGen against the golden outputs of the original, its weights loaded as any foreign checkpoint."""
 
 import math
 
@@ -9,10 +9,8 @@ from golden import config_of, fill, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
-from varpi.sampling.generate import filter_logits, generate
-from varpi.sampling.settings import Sampling
-from varpi.tokenizers import VQ, VQConfig
-from varpi.weights import load_generator, load_tokenizer, to_original
+from varpi.sampling.generate import generate
+from varpi.weights import load_generator, to_original
 from varpi.weights.names import original_name
 
 GRADIENTS = (
@@ -77,21 +75,6 @@ def test_class_greedy_tokens(c2i: tuple[LlamaGen, dict[str, Tensor]], name: str,
     assert torch.equal(tokens, values[f"greedy.{name}"])
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("topk20", {"top_k": 20}),
-        ("topk50_topp0.9", {"top_k": 50, "top_p": 0.9}),
-        ("topp0.7_t0.8", {"top_p": 0.7, "temperature": 0.8}),
-    ],
-)
-def test_filtered_probabilities(c2i: tuple[LlamaGen, dict[str, Tensor]], name: str, settings: dict) -> None:
-    values = c2i[1]
-    probabilities = filter_logits(values["probs.logits"], Sampling(**settings))
-    torch.testing.assert_close(probabilities, values[f"probs.{name}"], atol=1e-6, rtol=0)
-    assert torch.equal(probabilities == 0, values[f"probs.{name}"] == 0)
-
-
 def test_text_logits_loss_and_greedy_tokens() -> None:
     values, metadata = golden("llamagen_t2i_small")
     config = config_of(metadata)
@@ -105,6 +88,15 @@ def test_text_logits_loss_and_greedy_tokens() -> None:
     assert torch.equal(generate(generator, condition, greedy=True), values["greedy.cfg1"])
     guided = generate(generator, condition, greedy=True, guidance_scale=7.5)
     assert torch.equal(guided, values["greedy.cfg7.5"])
+
+
+def test_caption_features_are_padded_on_the_left() -> None:
+    config = LlamaGenConfig(32, 2, 2, vocab_size=24, grid=4, conditioning="text", condition_tokens=5, caption_dim=3)
+    short, whole = torch.arange(6.0).view(2, 3), torch.ones(5, 3)
+    condition = LlamaGen(config).prepare_condition([short, whole])
+    torch.testing.assert_close(condition.features[0], torch.cat([torch.zeros(3, 3), short]))
+    torch.testing.assert_close(condition.features[1], whole)
+    assert condition.mask.tolist() == [[False, False, False, True, True], [True] * 5]
 
 
 def test_gpt_b_at_full_size() -> None:
@@ -126,18 +118,3 @@ def original_shapes(size: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = LlamaGen(LlamaGenConfig.named(size))
     return {original_name(name): tensor.shape for name, tensor in model.state_dict().items()}
-
-
-@pytest.mark.parametrize(("name", "downsample"), [("vq16", 16), ("vq8", 8)])
-def test_vq(name: str, downsample: int) -> None:
-    values, metadata = golden(name)
-    state = original_state(VQ(VQConfig(downsample=downsample)), metadata["salt"])
-    tokenizer = load_tokenizer({"model": state})
-    assert isinstance(tokenizer, VQ)
-    assert tokenizer.config == VQConfig(downsample=downsample)
-    with torch.no_grad():
-        torch.testing.assert_close(tokenizer.latents(values["images"]), values["latents"], atol=1e-4, rtol=0)
-        assert torch.equal(tokenizer.encode(values["images"]), values["indices"])
-        torch.testing.assert_close(tokenizer.decode(values["indices"]), values["decoded"], atol=1e-4, rtol=0)
-        decoded = tokenizer.decode(values["random_indices"])
-    torch.testing.assert_close(decoded, values["decoded_random"], atol=1e-4, rtol=0)

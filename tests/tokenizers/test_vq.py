@@ -1,0 +1,49 @@
+"""The VQ tokenizer against the golden outputs of the original, and its parts against their formulas."""
+
+import pytest
+import torch
+from golden import golden, original_state
+from torch import nn
+
+from varpi.tokenizers import VQ, VQConfig
+from varpi.weights import load_tokenizer
+
+
+@pytest.mark.parametrize(("name", "downsample"), [("vq16", 16), ("vq8", 8)])
+def test_vq(name: str, downsample: int) -> None:
+    values, metadata = golden(name)
+    state = original_state(VQ(VQConfig(downsample=downsample)), metadata["salt"])
+    tokenizer = load_tokenizer({"model": state})
+    assert isinstance(tokenizer, VQ)
+    assert tokenizer.config == VQConfig(downsample=downsample)
+    with torch.no_grad():
+        torch.testing.assert_close(tokenizer.latents(values["images"]), values["latents"], atol=1e-4, rtol=0)
+        assert torch.equal(tokenizer.encode(values["images"]), values["indices"])
+        torch.testing.assert_close(tokenizer.decode(values["indices"]), values["decoded"], atol=1e-4, rtol=0)
+        decoded = tokenizer.decode(values["random_indices"])
+    torch.testing.assert_close(decoded, values["decoded_random"], atol=1e-4, rtol=0)
+
+
+def test_norms_divide_by_the_root_of_variance_and_a_millionth() -> None:
+    """The golden inputs vary too much to tell 1e-6 from PyTorch's 1e-5."""
+    tokenizer = VQ(VQConfig(downsample=4, channels=32, channel_multipliers=(1, 1, 2), latent_channels=64))
+    norms = [module for module in tokenizer.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 47
+    for norm in norms:
+        x = torch.randn(2, norm.num_channels, 4, 4) * 1e-3  # of variance 1e-6
+        groups = x.view(2, 32, -1)
+        centered = groups - groups.mean(-1, keepdim=True)
+        expected = centered / (groups.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        torch.testing.assert_close(norm(x), expected.view_as(x), atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_passes_straight_through_the_codes() -> None:
+    tokenizer = VQ(VQConfig(downsample=4, channels=8, channel_multipliers=(1, 1, 1), latent_channels=8, norm_groups=4))
+    reconstruction, latents, codes = tokenizer(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert latents.shape == codes.shape == (2, 8, 4, 4)
+    torch.testing.assert_close(latents.norm(dim=1), torch.ones(2, 4, 4))
+    torch.testing.assert_close(reconstruction, tokenizer.decode_codes(codes), atol=1e-5, rtol=1e-5)
+    (to_latents,) = torch.autograd.grad(reconstruction.square().sum(), latents, retain_graph=True)
+    leaf = codes.detach().requires_grad_()
+    (to_codes,) = torch.autograd.grad(tokenizer.decode_codes(leaf).square().sum(), leaf)
+    torch.testing.assert_close(to_latents, to_codes, atol=1e-4, rtol=1e-4)
