@@ -157,6 +157,21 @@ def test_kl_prior_by_hand():
     assert reference.grad is None
 
 
+def test_the_gradient_of_the_kl_prior_by_hand():
+    """On samples in their exact proportions: the value of KL(current || reference), the gradient of the reverse one."""
+    current, reference = torch.tensor([0.5, 0.25, 0.25]).double(), torch.tensor([0.25, 0.25, 0.5]).double()
+    logits = current.log().requires_grad_()
+    samples = torch.tensor([0, 0, 1, 2])
+    loss = kl_prior(logits.log_softmax(0)[samples].view(1, 4, 1), reference.log()[samples].view(1, 4, 1))
+    loss.backward()
+    # KL(current || reference) = 0.5 log 2 + 0.25 log 1 + 0.25 log ½; ∇KL(reference || current) = current - reference.
+    assert loss.item() == pytest.approx(0.25 * math.log(2))
+    assert logits.grad is not None
+    assert logits.grad.tolist() == pytest.approx([0.25, 0.0, -0.25])
+    # ∇KL(current || reference) would be current * (log(current / reference) - KL).
+    assert abs(logits.grad[1] + 0.25 * 0.25 * math.log(2)) > 0.04
+
+
 def test_kl_prior_estimates_the_divergence():
     """k3 is unbiased: its mean over tokens drawn from the current distribution is KL(current || reference)."""
     current, reference = torch.randn(2, 1, 1, 6).log_softmax(-1)

@@ -1,6 +1,5 @@
 """The training loop: what a run is, writes and refuses."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,9 @@ from safetensors import safe_open
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.errors import VarpiError
-from varpi.recipe import Optimizer
 from varpi.runtime.processes import World
 from varpi.training import read_metrics, train
 from varpi.training.loop import _train
-from varpi.training.optimizer import learning_rate, make_optimizer
 from varpi.training.run_directory import RunLock
 from varpi.weights import load_generator
 
@@ -124,23 +121,6 @@ def test_accumulation_changes_nothing(pair: Path, tmp_path: Path) -> None:
         assert other["reward_mean"] == pytest.approx(one["reward_mean"], rel=1e-6)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], tensor, atol=1e-4, rtol=1e-4)
-
-
-def test_norms_are_not_decayed() -> None:
-    optimizer = make_optimizer(tiny.generator(), Optimizer(learning_rate=1e-3, weight_decay=0.3))
-    decayed, spared = optimizer.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
-    assert {p.ndim for p in decayed["params"]} == {2}
-    assert len(spared["params"]) == 2 * tiny.GENERATOR.n_layer + 1
-
-
-def test_learning_rate() -> None:
-    settings = Optimizer(learning_rate=1.0, warmup_steps=4, schedule="cosine")
-    assert [learning_rate(settings, step, 12) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert learning_rate(settings, 8, 12) == pytest.approx(0.5)
-    assert learning_rate(settings, 11, 12) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    constant = Optimizer(learning_rate=2.0)
-    assert learning_rate(constant, 0, 12) == learning_rate(constant, 99, 12) == 2.0
 
 
 def test_tensorboard_holds_what_the_log_holds(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

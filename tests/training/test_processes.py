@@ -131,3 +131,23 @@ def test_two_processes_continue_what_one_began_and_stop_together(pair: Path, one
     for row, other in zip(kept, numbers(one), strict=True):
         name = "loss" if "loss" in row else "validation_loss"
         assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)
+
+
+def test_bf16_in_two_processes(pair: Path, tmp_path: Path) -> None:
+    """Autocast decides alone what is computed in bf16, and gradients are summed in fp32.
+
+    One process that takes the batch in halves computes just what two do: the first step differs by the order of fp32
+    sums alone, 1e-6, where one bf16 rounding would be 4e-3. From then on weights that differ in their last bits may
+    fall on the other side of a bf16 rounding: 2e-3.
+    """
+    settings = [setting for setting in SETTINGS if "micro_batch" not in setting]
+    settings += ["training.precision=bf16", "training.steps=3", "optimizer.gradient_clip=1e9"]
+    one = quiet(tiny.recipe(pair, *settings, "training.micro_batch=4"), tmp_path / "one")
+    torchrun(pair, tmp_path / "two", *settings, "training.micro_batch=null")
+    expected, found = ([row for row in numbers(run) if "loss" in row] for run in (one, tmp_path / "two"))
+    assert [row["step"] for row in found] == [1, 2, 3]
+    for name in (*COMPARED, "gradient_norm"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-6, abs=1e-7), name
+    for row, other in zip(found[1:], expected[1:], strict=True):
+        for name in ("cross_entropy", "prior_loss", "gradient_norm"):
+            assert row[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), (row["step"], name)

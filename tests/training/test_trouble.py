@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
@@ -20,7 +21,9 @@ from varpi.cli.main import main
 from varpi.errors import VarpiError
 from varpi.methods import build_method
 from varpi.methods.va_pi import VaPi
+from varpi.runtime.files import line
 from varpi.training import read_metrics
+from varpi.training.trouble import EqualRewards
 
 # -- checkpoints that are damaged or cannot be written
 
@@ -197,6 +200,110 @@ def test_too_many_skips_stop_the_run(pair: Path, tmp_path: Path, poison: Callabl
     )
     newest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "trainer.json").read_text())
     assert newest["skipped_in_a_row"] == 2
+
+
+# -- what torch raises
+
+
+def failing(error: Exception, step: int) -> Any:
+    def build(*arguments: Any) -> Any:
+        method = build_method(*arguments)
+        loss = method.loss
+
+        def fail(batch: Any, number: int, rollout: Any = None) -> Any:
+            if number == step:
+                raise error
+            return loss(batch, number, rollout)
+
+        method.loss = fail  # pyright: ignore[reportAttributeAccessIssue]
+        return method
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+            "out of memory; use more processes, or",
+        ),
+        (MemoryError(), "out of memory; use more processes, or"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory; use more processes, or"),
+        (OverflowError("math range error"), "a number overflowed in the update; start again with a lower optimizer.l"),
+        (RuntimeError("[pair.cc:534] Connection closed by peer"), "another process of the run has ended; what it said"),
+    ],
+)
+def test_what_and_where_and_from_where_on(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    recipe = tiny.recipe(pair, "training.steps=4", "training.save_every=2")
+    through = quiet(recipe, tmp_path / "through")
+    with monkeypatch.context() as patch:
+        patch.setattr("varpi.training.loop.build_method", failing(error, 3))
+        with pytest.raises(VarpiError) as caught:
+            quiet(recipe, tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith(f"after step 3: {said}")
+    assert message.endswith(f"({line(error)}); the newest checkpoint is step-00000002")
+    run = quiet(recipe, tmp_path / "run", resume=True)
+    assert same(weights(run), weights(through))
+
+
+def test_other_errors_are_not_dressed_up(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varpi.training.loop.build_method", failing(RuntimeError("shapes differ"), 0))
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        quiet(tiny.recipe(pair), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("rate", "said"), [("1e39", "overflowed in the update"), ("1e37", "a weight is not finite")])
+def test_an_update_that_overflows(pair: Path, tmp_path: Path, rate: str, said: str) -> None:
+    settings = ("training.save_every=1", f"optimizer.learning_rate={rate}", "optimizer.weight_decay=1e9")
+    with pytest.raises(VarpiError) as caught:
+        quiet(tiny.recipe(pair, *settings), tmp_path / "run")
+    assert said in str(caught.value)
+    assert str(caught.value).endswith("there is no checkpoint yet")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+# -- rewards that do not vary
+
+
+def test_rewards_that_never_vary_are_said(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("varpi.tokenizers.VQ.decode", lambda self, tokens: torch.zeros(len(tokens), 3, 16, 16))
+    run = quiet(tiny.recipe(pair, "training.steps=7"), tmp_path / "run")
+    assert [row["equal_groups"] for row in read_metrics(run)] == [1.0] * 7
+    (warning,) = [record.getMessage() for record in caplog.records if "advantages" in record.getMessage()]
+    assert warning.startswith(
+        "step 5: for 5 steps all advantages were 0, so the policy term taught nothing: the samples"
+    )
+    assert "check that tokenizer and generator belong together" in warning
+
+
+def test_equal_rewards_are_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    watch, said = EqualRewards(), []
+    # Seventy steps, of which the eighth had one group that was not of equals, and two that made no rollout
+    for step in range(1, 71):
+        equal = 0.875 if step == 8 else 1.0
+        watch.see(step, {"equal_groups": equal, "entropy": 0.001, "reward_mean": -1.0} if step not in (3, 20) else {})
+        said += [step for _ in caplog.records]
+        caplog.clear()
+    assert said == [6, 13, 59]
+
+
+def test_a_collapsed_generator_is_called_so(caplog: pytest.LogCaptureFixture) -> None:
+    watch = EqualRewards()
+    for step in range(1, 6):
+        watch.see(step, {"equal_groups": 1.0, "entropy": 0.001, "reward_mean": -1.0})
+    assert "the generator always draws the same tokens (entropy 0.001 nats)" in caplog.text
+
+
+def test_rewards_that_vary_are_counted(pair: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = quiet(tiny.recipe(pair), tmp_path / "run")
+    assert all(row["equal_groups"] < 1 for row in read_metrics(run))
+    assert "advantages" not in caplog.text
 
 
 # -- images that cannot be read

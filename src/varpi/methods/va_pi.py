@@ -151,7 +151,11 @@ class VaPi:
             with self.stages("transformer"), torch.no_grad():
                 reference_logits = self._logits(self.reference, context, condition)
                 rollout.reference_log_probs = objective.token_log_probs(reference_logits, samples)
-        metrics = {"reward_mean": rewards.total.mean(), "reward_std": rewards.total.std(dim=1).mean()}
+        metrics = {
+            "reward_mean": rewards.total.mean(),
+            "reward_std": rewards.total.std(dim=1).mean(),
+            "equal_groups": (advantages == 0).all(dim=1).float().mean(),
+        }
         return rollout, metrics | {name: part.mean() for name, part in rewards.parts.items()}
 
     def score(self, logits: Tensor, rollout: Rollout) -> Outcome:

@@ -101,6 +101,10 @@ def kl_prior(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
     mean of exp(Δ) - Δ - 1 with Δ = reference_log_probs - log_probs; every term is nonnegative.
 
+    Its value estimates KL(current || reference), its gradient that of KL(reference || current), as in the released
+    code: with the tokens held fixed, the mean of (1 - exp(Δ)) ∇log_probs is -Σ reference(x) ∇log current(x). Both are
+    least where the two agree, but this one pulls towards all that the reference does, not towards its modes.
+
     Args:
         log_probs: (B,G,N); differentiable.
         reference_log_probs: (B,G,N) under the frozen reference; a constant.

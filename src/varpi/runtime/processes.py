@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from varpi.errors import VarpiError
+from varpi.runtime.files import line
 
 T = TypeVar("T")
 
@@ -34,22 +35,22 @@ class World:
             dist.barrier()
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns, done by the main process alone.
-
-        Raises:
-            VarpiError: on every process, when it was raised on the main one. Anything else is raised there alone.
-        """
+        """What `work` returns, done by the main process alone; what it raises there ends the others by a VarpiError."""
         if self.size == 1:
             return work()
+        problem: Exception | None = None
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
-            except VarpiError as error:
-                outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, device=self.device)
+            except Exception as error:
+                problem = error
+                outcome[1] = error.args if isinstance(error, VarpiError) else (f"main process: {line(error)}",)
+        dist.broadcast_object_list(outcome, device=torch.device(self.device))
+        if problem is not None:
+            raise problem
         if outcome[1] is not None:
-            raise VarpiError(outcome[1])
+            raise VarpiError(*outcome[1])
         return outcome[0]
 
     def together(self, work: Callable[[], None]) -> None:
@@ -63,11 +64,10 @@ class World:
             work()
         except VarpiError as error:
             problem = error
-        if self.size == 1:
-            messages = [None if problem is None else str(problem)]
-        else:
-            messages = [None] * self.size
-            dist.all_gather_object(messages, None if problem is None else str(problem))
+        message = None if problem is None else str(problem)
+        messages: list[Any] = [message] * self.size
+        if self.size > 1:
+            dist.all_gather_object(messages, message)
         first = next((message for message in messages if message is not None), None)
         if first is not None:
             raise VarpiError(first) from problem

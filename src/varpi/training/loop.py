@@ -84,7 +84,7 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
     validation = Validation(recipe, world) if recipe.validation is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
     for model in (method.model, *method.frozen):
-        shard(model, world, training.precision)
+        shard(model, world)
     optimizer = make_optimizer(method.model, recipe.optimizer)
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()

@@ -12,15 +12,17 @@ from varpi.generators import Generator
 from varpi.runtime.processes import World
 
 
-def shard(model: nn.Module, world: World, precision: str) -> None:
-    """Shard a model's parameters over the processes, in place; block by block when it is a generator."""
+def shard(model: nn.Module, world: World) -> None:
+    """Shard a model's parameters over the processes, in place; block by block when it is a generator.
+
+    Parameters are gathered as they are, and gradients summed in float32. In a bf16 run autocast alone decides what is
+    computed in bf16, as in one process: FSDP's own casting would also round the residual stream, the norms and the
+    rotary table. It costs twice the traffic, and without gradient checkpointing a bf16 copy of the weights meanwhile.
+    """
     if world.size == 1:
         return
     mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     if isinstance(model, Generator):
         for block in model.blocks:
             fully_shard(block, **settings)
