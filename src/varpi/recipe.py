@@ -91,6 +91,8 @@ class DataSection(Section):
     """Field of the captions, or several in order of preference; dots reach into JSON (`sentences.0.raw`)."""
     caption_features: str | None = None
     """Folder that `varpi encode captions` filled; conditions are then these features."""
+    classes: str | list[str] | None = None
+    """The names of all classes in the order of their ids: a list, a file with one a line, or `imagenet`."""
     min_side: Annotated[Int, Field(ge=0)] | None = None
     """Captioned images with a shorter side of fewer pixels are left out; none: image_size."""
     stream: bool = False

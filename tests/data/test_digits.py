@@ -44,7 +44,7 @@ def test_images_are_gray_rgb_padded_with_black() -> None:
     assert (border == -1).all()
     assert image.max() > 0.5
     assert digits.num_classes == 10
-    assert digits.class_names == list("0123456789")
+    assert digits.class_names == tuple("0123456789")
 
 
 def test_the_split_never_changes() -> None:

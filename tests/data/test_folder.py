@@ -22,7 +22,7 @@ def _tree(root: Path, classes: dict[str, int], size: tuple[int, int] = (40, 30))
 def test_photographs(tmp_path: Path) -> None:
     photos = open_dataset(tiny.photographs(tmp_path, ((500, 375), (333, 500), (64, 64), (75, 56))), image_size=64)
     assert (len(photos), photos.num_classes) == (4, 4)
-    assert photos.class_names == sorted(path.name for path in tmp_path.iterdir())
+    assert photos.class_names == tuple(sorted(path.name for path in tmp_path.iterdir()))
     for index in range(4):
         (file,) = (tmp_path / photos.class_names[index]).iterdir()
         image, label = photos[index]
@@ -33,7 +33,7 @@ def test_photographs(tmp_path: Path) -> None:
 
 def test_ids_follow_the_sorted_names(tmp_path: Path) -> None:
     folder = open_dataset(_tree(tmp_path, {"b": 2, "a": 1, "c": 0}), image_size=16)
-    assert folder.class_names == ["a", "b", "c"]
+    assert folder.class_names == ("a", "b", "c")
     assert [folder[index].condition for index in range(3)] == [0, 1, 1]
     assert folder[0].image[0, 0, 0] == pytest.approx(50 / 127.5 - 1)  # made second, so red is 50
 
@@ -43,7 +43,7 @@ def test_nested_and_hidden_files(tmp_path: Path) -> None:
     (tmp_path / "a" / "._0.png").write_bytes(b"left by a Mac")
     (tmp_path / "a" / "notes.txt").write_text("no image")
     folder = open_dataset(tmp_path, image_size=16)
-    assert (len(folder), folder.class_names) == (2, ["a"])
+    assert (len(folder), folder.class_names) == (2, ("a",))
 
 
 def test_splits_of_a_directory(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_splits_of_a_directory(tmp_path: Path) -> None:
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     folder = open_dataset(_tree(tmp_path, {"bus": 1, "train": 2}), image_size=16)
-    assert (len(folder), folder.class_names) == (3, ["bus", "train"])
+    assert (len(folder), folder.class_names) == (3, ("bus", "train"))
 
 
 def test_fingerprint_follows_names_count_and_sizes(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def _numbers(*sizes: int, load=_load, **options) -> StreamBatches:
     ends = list(itertools.accumulate(sizes))
     files = [partial(_file, range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
     settings = {"batch_size": 4, "seed": 0, "shuffle_buffer": 5, **options}
-    return StreamBatches(files, load, num_classes=None, fingerprint="numbers", **settings)
+    return StreamBatches(files, load, class_names=None, fingerprint="numbers", **settings)
 
 
 def _values(batches: list[Batch]) -> list[int]:
@@ -102,7 +102,7 @@ def test_a_continuation_reads_at_most_an_epoch_and_a_part() -> None:
         return _file(range(10))
 
     stream = StreamBatches(
-        [file], _load, num_classes=None, fingerprint="", shuffle_buffer=4, batch_size=5, seed=0, rank=0
+        [file], _load, class_names=None, fingerprint="", shuffle_buffer=4, batch_size=5, seed=0, rank=0
     )
     whole = list(islice(stream.from_cursor(0), 200))
     opened.clear()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from varpi.data import BadImage, Dropped, open_dataset, to_tensor
+from varpi.data.stream import StreamBatches
 from varpi.data.tables import decode_cell
 from varpi.errors import VarpiError
 
@@ -83,7 +84,7 @@ def test_saved_dataset_and_dictionary(tmp_path: Path) -> None:
     _saved_images([10, 11]).save_to_disk(tmp_path / "one")
     saved = open_dataset(tmp_path / "one", image_size=16)
     assert _reds(saved) == [10, 11]
-    assert (saved.num_classes, saved.class_names, saved[1].condition) == (3, ["x", "y", "z"], 2)
+    assert (saved.num_classes, saved.class_names, saved[1].condition) == (3, ("x", "y", "z"), 2)
     splits = {"train": _saved_images([10]), "validation": _saved_images([20, 30])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
     assert _reds(open_dataset(tmp_path / "two", image_size=16, split="validation")) == [20, 30]
@@ -247,13 +248,71 @@ def test_fingerprint_of_captions(tmp_path: Path) -> None:
     assert fingerprint("c.parquet", ["one", "two"]) != fingerprint("d.parquet", ["one", "three"])
 
 
+REPOSITORY = "hf://datasets/org/cats@0123"
+
+
+def _cell(path: str) -> dict[str, str | None]:
+    return {"bytes": None, "path": path}
+
+
 def test_images_that_lie_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     class Files:
         def cat_file(self, path: str) -> bytes:
-            return _png({"org/cat.png": 7}[path])
+            return _png({"cat.png": 7, "zip://cat.png::a.zip": 9}[path])
 
-    monkeypatch.setattr("fsspec.url_to_fs", lambda url: (Files(), url.removeprefix("hf://")))
-    cell = {"bytes": None, "path": "hf://org/cat.png"}
-    assert round((float(decode_cell(cell, "row 1", 16)[0, 8, 8]) + 1) * 127.5) == 7
-    with pytest.raises(BadImage, match=r"row 2 \(hf://org/dog\.png\): cannot be fetched"):
-        decode_cell({"bytes": None, "path": "hf://org/dog.png"}, "row 2", 16)
+    monkeypatch.setattr("fsspec.url_to_fs", lambda url: (Files(), url.replace(f"{REPOSITORY}/", "")))
+    for path, red in ((f"{REPOSITORY}/cat.png", 7), (f"zip://cat.png::{REPOSITORY}/a.zip", 9)):
+        image = decode_cell(_cell(path), "row 1", 16, repository=REPOSITORY)
+        assert round((float(image[0, 8, 8]) + 1) * 127.5) == red
+    with pytest.raises(BadImage, match=r"row 2 \(hf://.*/dog\.png\): cannot be fetched"):
+        decode_cell(_cell(f"{REPOSITORY}/dog.png"), "row 2", 16, repository=REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/a.png",
+        "file:///etc/hostname",
+        "s3://bucket/a.png",
+        "hf://datasets/org/other@0123/a.png",
+        f"{REPOSITORY}/../../other/a.png",
+        f"http://example.org/a.png::{REPOSITORY}/a.zip",
+        f"simplecache::http://example.org/a.zip::{REPOSITORY}/a.zip",
+        f"zip://a.png::{REPOSITORY}4/a.zip",
+    ],
+)
+def test_rows_fetch_nothing_else(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.url_to_fs", lambda url: pytest.fail(f"{url} was fetched"))
+    for repository in (None, REPOSITORY):
+        with pytest.raises(BadImage, match="only local files and those of the dataset's own Hub repository are read"):
+            decode_cell(_cell(url), "row 1", 16, repository=repository)
+
+
+def test_relative_paths_begin_at_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, red in (("here", 5), ("there", 9)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(_png(red))
+        image = pa.array([_cell("x.png")], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        pq.write_table(pa.table({"image": image, "label": [0]}), tmp_path / name / f"{name}.parquet")
+    monkeypatch.chdir(tmp_path / "here")
+    assert _reds(open_dataset(tmp_path / "there" / "there.parquet", image_size=16)) == [9]
+    assert _reds(open_dataset(tmp_path / "there", image_size=16)) == [9]
+    both = open_dataset(f"{tmp_path}/here/here.parquet,{tmp_path}/there/there.parquet", image_size=16)
+    with pytest.raises(BadImage, match="is a relative path, and the table's files lie in several folders"):
+        both[0]
+
+
+def test_files_whose_other_columns_differ(tmp_path: Path) -> None:
+    """Read whatever their order, by the columns asked for; one that lacks such a column is named."""
+    rows = {"image": [{"bytes": _png(3), "path": None}], "caption": ["a cat"]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    pq.write_table(pa.table({**rows, "more": [1]}), tmp_path / "b.parquet")
+    for files in ("a,b", "b,a"):
+        source = ",".join(f"{tmp_path}/{file}.parquet" for file in files.split(","))
+        table = open_dataset(source, image_size=16, caption_column="caption")
+        assert [table[index].condition for index in range(len(table))] == ["a cat", "a cat"]
+        stream = StreamBatches.open(source, image_size=16, caption_column="caption", batch_size=2, seed=0)
+        assert next(stream.from_cursor(0)).condition == ["a cat", "a cat"]
+    pq.write_table(pa.table({"image": rows["image"]}), tmp_path / "c.parquet")
+    with pytest.raises(VarpiError, match=r"c\.parquet: no column 'caption'; set caption_column to one of its columns"):
+        open_dataset(tmp_path, image_size=16, caption_column="caption")

@@ -31,6 +31,7 @@ class Markov(nn.Module):
     """A generator whose next logits (V,) depend on the token before alone: `first`, then `following[token]`."""
 
     vocab_size, grid, num_tokens, num_classes, gradient_checkpointing = CODES, 2, TOKENS, 3, False
+    class_names = None
 
     def __init__(self, first: Tensor, following: Tensor) -> None:
         super().__init__()

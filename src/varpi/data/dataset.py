@@ -33,8 +33,8 @@ class Dataset(Protocol):
         ...
 
     @property
-    def class_names(self) -> list[str] | None:
-        """A name for each class, or None where the source stores bare numbers or captions."""
+    def class_names(self) -> tuple[str, ...] | None:
+        """A name for each class, in the order of the ids, or None where the source stores bare numbers or captions."""
         ...
 
     @property

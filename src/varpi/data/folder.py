@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import make_dataset
 
+from varpi.data.classes import number_classes
 from varpi.data.dataset import Item
-from varpi.data.images import SUFFIXES, has_image_suffix
+from varpi.data.images import SUFFIXES
+from varpi.data.listing import LeftOut, directories, list_images
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 
@@ -17,28 +19,36 @@ _SIZES_IN_FINGERPRINT = 1000
 
 
 class ImageFolder:
-    """`root/class_name/**/image.jpg`; class ids follow the sorted folder names, as in torchvision.
+    """`root/class_name/**/image.jpg`; class ids as in `number_classes`, by the names of the folders.
 
     `root` may also hold one such tree per split (`root/train/class_name/…`, `root/val/…`). Names that begin with a dot
-    are ignored.
+    are ignored; what else is no image is counted and said.
+
+    Args:
+        classes: the names of all classes in the order of their ids, where they are known.
 
     Raises:
-        VarpiError: no class folders, no images in them, or no such split.
+        VarpiError: no class folders, no images in them, no such split, or a folder that is none of `classes`.
     """
 
-    def __init__(self, root: Path, *, split: str = "train", image_size: int) -> None:
+    def __init__(
+        self, root: Path, *, split: str = "train", image_size: int, classes: Sequence[str] | None = None
+    ) -> None:
         self._root = _split_root(root, split)
         self._image_size = image_size
-        self.class_names = folders(self._root)
-        if not self.class_names:
+        names = directories(self._root)
+        if not names:
             raise VarpiError(f"{self._root}: no class folders; expected {self._root}/CLASS_NAME/IMAGE.jpg")
-        ids = {name: number for number, name in enumerate(self.class_names)}
-        samples = make_dataset(str(self._root), ids, is_valid_file=is_image, allow_empty=True)
-        if not samples:
-            raise VarpiError(f"{self._root}: no images in its class folders; known are {' '.join(SUFFIXES)}")
+        self._ids, self.class_names = number_classes(names, classes, str(self._root))
+        left_out = LeftOut()
+        above = [self._root, *self._root.resolve().parents]  # where a link may lead back to
+        files = [list_images(self._root / name, left_out, seen=above) for name in names]
         # One array each: worker processes share its pages, which a list of a million tuples would not allow
-        self._paths = np.array([os.fsencode(os.path.relpath(path, self._root)) for path, _ in samples])
-        self._labels = np.array([label for _, label in samples], dtype=np.int64)
+        self._paths = np.array([os.fsencode(os.path.relpath(path, self._root)) for paths in files for path in paths])
+        self._labels = np.repeat(np.array(self._ids, dtype=np.int64), [len(paths) for paths in files])
+        left_out.say(str(self._root), len(self) + len(left_out), "files")
+        if len(self) == 0:
+            raise VarpiError(f"{self._root}: no images in its class folders; known are {' '.join(SUFFIXES)}")
 
     @property
     def num_classes(self) -> int:
@@ -48,6 +58,8 @@ class ImageFolder:
     def fingerprint(self) -> str:
         """Every name; the file sizes of at most a thousand, since a million `stat` calls take minutes on a network."""
         digest = hashlib.sha256(b"\0".join(self._paths))
+        if self._ids != tuple(range(len(self._ids))):
+            digest.update(self._labels.tobytes())
         for index in np.linspace(0, len(self) - 1, min(len(self), _SIZES_IN_FINGERPRINT)).astype(int):
             path = self._path(index)
             digest.update(str(path.stat().st_size if path.exists() else -1).encode() + b"\0")
@@ -68,7 +80,7 @@ def _split_root(root: Path, split: str) -> Path:
     """The tree of `split` below `root`, or `root` itself when it holds no splits and "train" is asked for."""
     # A class may be called "train" as well (COCO has one); a split holds folders where a class holds images.
     split_names = {name for names in SPLITS.values() for name in names} | {split}
-    present = [name for name in folders(root) if name in split_names and folders(root / name)]
+    present = [name for name in directories(root) if name in split_names and directories(root / name)]
     for name in SPLITS.get(split, [split]):
         if name in present:
             return root / name
@@ -80,15 +92,3 @@ def _split_root(root: Path, split: str) -> Path:
             f"(give {root}/{split}/CLASS_NAME/…, or name the other tree)"
         )
     return root
-
-
-def folders(directory: Path) -> list[str]:
-    try:
-        with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise VarpiError(f"{directory}: cannot be listed ({error.strerror})") from error
-
-
-def is_image(path: str) -> bool:
-    return has_image_suffix(path) and not os.path.basename(path).startswith(".")

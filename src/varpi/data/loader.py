@@ -156,6 +156,11 @@ class Batches(Counts):
         return self._dataset.num_classes
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of the dataset."""
+        return self._dataset.class_names
+
+    @property
     def fingerprint(self) -> str:
         """Of the dataset."""
         return self._dataset.fingerprint

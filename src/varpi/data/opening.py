@@ -1,15 +1,20 @@
 """A recipe's data, opened: as batches for a run, and as a dataset to look into."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from varpi.data import Batches, Dataset, open_dataset
 from varpi.data.stream import SHUFFLE_BUFFER, StreamBatches
+from varpi.errors import VarpiError
 from varpi.recipe import DataSection, Recipe
 from varpi.runtime.processes import World
 
 
-def open_batches(recipe: Recipe, world: World) -> Batches | StreamBatches:
-    """This process's part of the batches of a run."""
+def open_batches(recipe: Recipe, world: World, classes: Sequence[str] | None = None) -> Batches | StreamBatches:
+    """This process's part of the batches of a run.
+
+    classes: what the generator calls its classes, where it has names for them; data.classes goes first.
+    """
     data = recipe.data
     run: dict[str, Any] = {
         "batch_size": recipe.training.batch_size,
@@ -20,7 +25,7 @@ def open_batches(recipe: Recipe, world: World) -> Batches | StreamBatches:
         "max_bad_fraction": data.max_bad_fraction,
     }
     if not data.stream:
-        return Batches(open_split(data, data.split), **run)
+        return Batches(open_split(data, data.split, classes), **run)
     return StreamBatches.open(
         data.source,
         image_size=data.image_size,
@@ -29,13 +34,14 @@ def open_batches(recipe: Recipe, world: World) -> Batches | StreamBatches:
         label_column=data.label_column,
         caption_column=data.caption_column,
         min_side=data.min_side,
+        classes=data.classes or classes,
         shuffle_buffer=data.shuffle_buffer or SHUFFLE_BUFFER,
         **run,
     )
 
 
-def open_split(data: DataSection, split: str) -> Dataset:
-    """One split, with random access."""
+def open_split(data: DataSection, split: str, classes: Sequence[str] | None = None) -> Dataset:
+    """One split, with random access. classes: as for `open_batches`."""
     return open_dataset(
         data.source,
         image_size=data.image_size,
@@ -45,4 +51,19 @@ def open_split(data: DataSection, split: str) -> Dataset:
         caption_column=data.caption_column,
         caption_features=data.caption_features,
         min_side=data.min_side,
+        classes=data.classes or classes,
     )
+
+
+def open_held_out(recipe: Recipe, split: str, batches: Batches | StreamBatches) -> Dataset:
+    """The images that validate, their classes numbered as those of the batches.
+
+    Raises VarpiError when it names its classes and the batches have bare numbers.
+    """
+    held_out = open_split(recipe.data, split, batches.class_names)
+    if held_out.class_names != batches.class_names:
+        raise VarpiError(
+            f"{recipe.data.source}: split {split!r} names its classes, split {recipe.data.split!r} does not, so that "
+            "which number is which class is not told; set data.classes"
+        )
+    return held_out

@@ -1,7 +1,6 @@
 """`open_dataset`, which finds out what kind of data a source is."""
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Literal, TypeGuard
 
 from varpi.data.captions import CAPTION_FIELDS
+from varpi.data.classes import Classes, read_classes
 from varpi.data.dataset import Captioned, Dataset
+from varpi.data.listing import LeftOut, directories, list_images
 from varpi.errors import VarpiError
 
 # "org/name", with "@revision" when one is wanted
@@ -33,6 +34,7 @@ def open_dataset(
     caption_column: str | Sequence[str] | None = None,
     caption_features: str | Path | None = None,
     min_side: int | None = None,
+    classes: Classes | None = None,
 ) -> Dataset:
     """Open the (image, class) or (image, caption) pairs at `source`; images come out centre-cropped to `image_size`.
 
@@ -43,7 +45,7 @@ def open_dataset(
         source: one of
             "digits", the embedded 5000 handwritten digits (32x32; splits train, validation, test), or
             "captioned-digits", the same with sentences that name them;
-            a tree of class folders (ids follow the sorted names), or a directory that holds one such tree per split;
+            a tree of class folders, or a directory that holds one such tree per split;
             a directory written by `datasets.Dataset.save_to_disk`;
             parquet files, or a directory of them (splits told by their names);
             tar shards of the WebDataset form, or a directory of them;
@@ -59,6 +61,8 @@ def open_dataset(
             `CAPTION_FIELDS` in shards and jsonl files, classes in tables.
         caption_features: directory of caption features, which become the conditions; see `WithFeatures`.
         min_side: captioned images whose shorter side has fewer pixels are left out; None: image_size.
+        classes: the names of all classes in the order of their ids, as `read_classes` takes them. None: ImageNet's,
+            where the source names its classes by WordNet ids of those, or else its own, in its own order.
 
     Raises:
         VarpiError: nothing is there, it holds no images, it lacks the split or a column, or the arguments contradict
@@ -69,7 +73,10 @@ def open_dataset(
     fields = caption_fields(caption_column)
     if fields and label_column != "label":
         raise VarpiError(f"label_column {label_column!r} and caption_column are both given; leave out one of them")
-    dataset = _open(str(source), image_size, split, image_column, label_column, fields, min_side)
+    names = None if classes is None else read_classes(classes)
+    dataset = _open(str(source), image_size, split, image_column, label_column, fields, min_side, names)
+    if names is not None and dataset.num_classes is None:
+        raise VarpiError(f"{source}: has captions, but {len(names)} classes are named for it; leave them out")
     if caption_features is None:
         return dataset
     if not _is_captioned(dataset):
@@ -145,6 +152,7 @@ def _open(
     label_column: str,
     fields: tuple[str, ...],
     min_side: int | None,
+    classes: tuple[str, ...] | None,
 ) -> Dataset:
     place = locate(source, split)
     kind, paths = place.kind, place.paths
@@ -160,7 +168,7 @@ def _open(
     if kind == "digits":
         from varpi.data.digits import Digits
 
-        return Digits(split=split, image_size=image_size)
+        return Digits(split=split, image_size=image_size, classes=classes)
     if kind == "captioned-digits":
         from varpi.data.digits import CaptionedDigits
 
@@ -168,7 +176,7 @@ def _open(
     if kind == "folders":
         from varpi.data.folder import ImageFolder
 
-        return ImageFolder(paths[0], split=split, image_size=image_size)
+        return ImageFolder(paths[0], split=split, image_size=image_size, classes=classes)
     if kind == "tar":
         from varpi.data.tars import TarShards
 
@@ -178,14 +186,16 @@ def _open(
 
         return JsonLines(paths, image_size=image_size, caption_fields=fields or CAPTION_FIELDS, min_side=min_side)
 
-    from varpi.data.tables import CaptionTable, Table, load_hub, load_parquet, load_saved
+    from varpi.data.tables import CaptionTable, Columns, Table, common_folder, load_hub, load_parquet, load_saved
 
+    folder = None if kind == "hub" else paths[0] if paths[0].is_dir() else common_folder(paths)
     if kind == "hub":
         rows = load_hub(place.name, place.revision, split)
     elif kind == "saved":
         rows = load_saved(paths[0], split)
     else:
-        rows = load_parquet(paths[0] if paths[0].is_dir() else paths, split)
+        columns = Columns(image_column, None if fields else label_column, fields)
+        rows = load_parquet(paths[0] if paths[0].is_dir() else paths, split, columns)
     name = f"{source}[{split}]"
     if fields:
         return CaptionTable(
@@ -195,8 +205,17 @@ def _open(
             image_column=image_column,
             caption_columns=fields,
             min_side=min_side,
+            folder=folder,
         )
-    return Table(rows, name=name, image_size=image_size, image_column=image_column, label_column=label_column)
+    return Table(
+        rows,
+        name=name,
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
+        classes=classes,
+        folder=folder,
+    )
 
 
 def _is_captioned(dataset: Dataset) -> TypeGuard[Captioned]:
@@ -237,10 +256,7 @@ def _listed(directory: Path) -> Place | None:
 
 
 def _has_images_below(directory: Path) -> bool:
-    from varpi.data.folder import folders, is_image
-
-    trees = (os.walk(directory / name) for name in folders(directory))
-    return any(is_image(file) for tree in trees for _, _, files in tree for file in files)
+    return any(list_images(directory / name, LeftOut(), seen=[directory]) for name in directories(directory))
 
 
 def _is_saved(directory: Path) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from varpi.data.captions import CAPTION_FIELDS, pick_caption
+from varpi.data.classes import Classes, number_classes, read_classes
 from varpi.data.dataset import BadImage, Dropped, Item
 from varpi.data.loader import (
     UNREADABLE,
@@ -50,7 +51,7 @@ Row = tuple[str, dict[str, Any]]
 """What to call the row in an error, and its fields, with the image still encoded."""
 Outcome = Item | BadImage | Dropped
 Load = Callable[[str, dict[str, Any]], Item]
-Opened = tuple[Sequence[Callable[[], Iterator[Row]]], Load, int | None, str]
+Opened = tuple[Sequence[Callable[[], Iterator[Row]]], Load, tuple[str, ...] | None, str]
 """The first four arguments of `StreamBatches`."""
 
 
@@ -62,7 +63,7 @@ class StreamBatches(Counts):
     Args:
         files: for each file, in an order that depends on the data alone, what begins to read its rows.
         load: makes an item of a row; raises BadImage or Dropped.
-        num_classes: of the items; None for captions.
+        class_names: of the items; None for captions.
         fingerprint: hex digest that changes with the data.
         shuffle_buffer: rows held in memory, encoded, among which the next one is picked; 1 keeps their order.
         batch_size: images in the global batch, over all ranks.
@@ -81,7 +82,7 @@ class StreamBatches(Counts):
         files: Sequence[Callable[[], Iterator[Row]]],
         load: Load,
         *,
-        num_classes: int | None,
+        class_names: tuple[str, ...] | None,
         fingerprint: str,
         shuffle_buffer: int = SHUFFLE_BUFFER,
         batch_size: int,
@@ -102,7 +103,8 @@ class StreamBatches(Counts):
         if shuffle_buffer < 1:
             raise VarpiError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 1")
         super().__init__(max_bad_fraction)
-        self.num_classes = num_classes
+        self.class_names = class_names
+        self.num_classes = None if class_names is None else len(class_names)
         self.fingerprint = fingerprint
         self._load = load
         self._shuffle_buffer = shuffle_buffer
@@ -133,6 +135,7 @@ class StreamBatches(Counts):
         label_column: str = "label",
         caption_column: str | Sequence[str] | None = None,
         min_side: int | None = None,
+        classes: Classes | None = None,
         **options: Any,
     ) -> "StreamBatches":
         """Stream a dataset of the Hub, parquet files or tar shards, named as for `open_dataset`, as are the arguments.
@@ -151,16 +154,19 @@ class StreamBatches(Counts):
         fields = caption_fields(caption_column)
         if fields and label_column != "label":
             raise VarpiError(f"label_column {label_column!r} and caption_column are both given; leave out one of them")
+        known = None if classes is None else read_classes(classes)
         place = locate(str(source), split)
         if place.kind == "tar":
             opened = _open_tars(place, fields or CAPTION_FIELDS, image_size, min_side)
         elif place.kind in ("parquet", "hub"):
             name = f"{source}[{split}]"
-            opened = _open_table(place, split, name, image_column, label_column, fields, image_size, min_side)
+            opened = _open_table(place, split, name, image_column, label_column, fields, image_size, min_side, known)
         else:
             raise VarpiError(f"{source}: only parquet files, tar shards and the Hub are streamed; leave out stream")
-        files, load, num_classes, fingerprint = opened
-        return cls(files, load, num_classes=num_classes, fingerprint=fingerprint, **options)
+        files, load, class_names, fingerprint = opened
+        if known is not None and class_names is None:
+            raise VarpiError(f"{source}: has captions, but {len(known)} classes are named for it; leave them out")
+        return cls(files, load, class_names=class_names, fingerprint=fingerprint, **options)
 
     def cursor_at(self, step: int, saved: Sequence[int]) -> int:
         """Where this process goes on, given the cursors that all of them `saved`; none were at the beginning of a run.
@@ -304,15 +310,29 @@ def _open_table(
     fields: Sequence[str],
     image_size: int,
     min_side: int | None,
+    classes: tuple[str, ...] | None,
 ) -> Opened:
-    from varpi.data.tables import check_columns, check_image_type, decode_cell, stream_hub, stream_parquet
+    from varpi.data.tables import (
+        Columns,
+        check_columns,
+        check_image_type,
+        common_folder,
+        decode_cell,
+        stream_hub,
+        stream_parquet,
+    )
 
+    folder = repository = None
     if place.kind == "hub":
         rows, commit = stream_hub(place.name, place.revision, split)
         fingerprint = _fingerprint((), place.name, commit, split)
+        repository = f"hf://datasets/{place.name}@{commit}"
     else:
-        rows, paths = stream_parquet(place.paths, split)
+        rows, paths = stream_parquet(
+            place.paths, split, Columns(image_column, None if fields else label_column, fields)
+        )
         fingerprint = _fingerprint(paths, split)
+        folder = place.paths[0] if place.paths[0].is_dir() else common_folder(paths)
     features: Any = rows.features
     columns = check_columns(
         list(features),
@@ -324,32 +344,34 @@ def _open_table(
     check_image_type(features.arrow_schema.field(image_column).type, name, image_column)
     rows = rows.select_columns([image_column, *columns])
     files = [partial(_read_rows, rows, number, name) for number in range(rows.num_shards)]
+    cell = partial(decode_cell, image_size=image_size, folder=folder, repository=repository)
     smallest = image_size if min_side is None else min_side
 
     def load_captioned(name: str, row: dict[str, Any]) -> Item:
         caption = pick_caption(row, fields)
         if caption is None:
             raise Dropped(f"{name}: no caption in {' or '.join(fields)}")
-        return Item(decode_cell(row[image_column], name, image_size, min_side=smallest), caption)
+        return Item(cell(row[image_column], name, min_side=smallest), caption)
 
     if fields:
         return files, load_captioned, None, fingerprint
     if min_side is not None:
         raise VarpiError(f"{name}: min_side is for captioned images of many sizes; leave it out")
-    class_names = getattr(features[label_column], "names", None)
-    if class_names is None:
+    stored = getattr(features[label_column], "names", None)
+    if stored is None and classes is None:
         raise VarpiError(
             f"{name}: column {label_column!r} does not name its classes (ClassLabel), and a stream cannot count them; "
-            "leave out stream, or give caption_column"
+            "leave out stream, or give data.classes or caption_column"
         )
+    ids, class_names = (range(len(classes or ())), classes) if stored is None else number_classes(stored, classes, name)
 
     def load_labelled(name: str, row: dict[str, Any]) -> Item:
         label = row[label_column]
-        if label is None or not 0 <= label < len(class_names):
-            raise VarpiError(f"{name}: column {label_column!r} holds {label}, but names {len(class_names)} classes")
-        return Item(decode_cell(row[image_column], name, image_size), label)
+        if type(label) is not int or not 0 <= label < len(ids):
+            raise VarpiError(f"{name}: column {label_column!r} holds {label!r:.80}, but names {len(ids)} classes")
+        return Item(cell(row[image_column], name), ids[label])
 
-    return files, load_labelled, len(class_names), fingerprint
+    return files, load_labelled, class_names, fingerprint
 
 
 def _read_rows(rows: Any, file: int, name: str) -> Iterator[Row]:

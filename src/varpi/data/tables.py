@@ -5,9 +5,11 @@ decoded here, so that a broken one is a `BadImage` like any other.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -19,15 +21,33 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from varpi.data.captions import pick_caption
+from varpi.data.classes import number_classes
 from varpi.data.dataset import BadImage, Dropped, Item
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 
 
+class Columns(NamedTuple):
+    """What is read of a table."""
+
+    image: str
+    label: str | None
+    captions: Sequence[str] = ()
+
+
 class _Images:
     """The image column of a Hugging Face dataset."""
 
-    def __init__(self, rows: datasets.Dataset, *, name: str, image_size: int, image_column: str, min_side: int) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        name: str,
+        image_size: int,
+        image_column: str,
+        min_side: int,
+        folder: Path | None,
+    ) -> None:
         if len(rows) == 0:
             raise VarpiError(f"{name}: no images; the table has no rows")
         if isinstance(rows.features[image_column], datasets.Image):
@@ -39,6 +59,7 @@ class _Images:
         self._name = name
         self._image_size = image_size
         self._min_side = min_side
+        self._folder = folder
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -51,7 +72,11 @@ class _Images:
 
     def _image(self, index: int) -> Tensor:
         return decode_cell(
-            self._rows[int(index)][self._column], f"{self._name} row {index}", self._image_size, min_side=self._min_side
+            self._rows[int(index)][self._column],
+            f"{self._name} row {index}",
+            self._image_size,
+            min_side=self._min_side,
+            folder=self._folder,
         )
 
 
@@ -62,24 +87,39 @@ class Table(_Images):
         rows: the table. The image column holds images, {bytes, path} structs or bytes; the label column integers >= 0.
         name: what to call it in an error.
         image_size: side of the square images, in pixels.
+        classes: the names of all classes in the order of their ids, where they are known; those of a ClassLabel are
+            looked up in it, plain integers are its ids already.
+        folder: what relative paths of images begin at.
 
     Raises:
-        VarpiError: the table is empty, lacks a column, or a column holds something else.
+        VarpiError: the table is empty, lacks a column, a column holds something else, or a class is none of `classes`.
     """
 
     def __init__(
-        self, rows: datasets.Dataset, *, name: str, image_size: int, image_column: str, label_column: str
+        self,
+        rows: datasets.Dataset,
+        *,
+        name: str,
+        image_size: int,
+        image_column: str,
+        label_column: str,
+        classes: Sequence[str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         check_columns(rows.column_names, name, image_column=image_column, label_column=label_column)
-        super().__init__(rows, name=name, image_size=image_size, image_column=image_column, min_side=0)
-        self._labels = _labels(rows, name, label_column)
+        super().__init__(rows, name=name, image_size=image_size, image_column=image_column, min_side=0, folder=folder)
+        labels = _labels(rows, name, label_column)
         names = getattr(rows.features[label_column], "names", None)  # a ClassLabel has them, a plain integer has not
-        self.class_names: list[str] | None = names
-        self.num_classes = len(names) if names else int(self._labels.max()) + 1
-        if self._labels.max() >= self.num_classes:
-            raise VarpiError(
-                f"{name}: column {label_column!r} holds {self._labels.max()}, but names {self.num_classes} classes"
-            )
+        count = len(names) if names else None if classes is None else len(classes)
+        if count is not None and labels.max() >= count:
+            what = "but names" if names else "but data.classes, or the generator, names"
+            raise VarpiError(f"{name}: column {label_column!r} holds {labels.max()}, {what} {count} classes")
+        self.class_names: tuple[str, ...] | None = None if classes is None else tuple(classes)
+        if names:
+            ids, self.class_names = number_classes(names, classes, name)
+            labels = np.array(ids)[labels]
+        self._labels = labels
+        self.num_classes = len(self.class_names) if self.class_names else int(labels.max()) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +141,7 @@ class CaptionTable(_Images):
         caption_columns: columns of captions in order of preference; a row's caption is the first that is not blank.
             Dotted paths reach into structs and lists, as in `pick_caption`.
         min_side: the shorter side that an image must have at least, in pixels.
+        folder: what relative paths of images begin at.
 
     Raises:
         VarpiError: the table is empty, lacks a column, or has no caption in any row.
@@ -118,9 +159,12 @@ class CaptionTable(_Images):
         image_column: str,
         caption_columns: Sequence[str],
         min_side: int = 0,
+        folder: Path | None = None,
     ) -> None:
         columns = check_columns(rows.column_names, name, image_column=image_column, caption_columns=caption_columns)
-        super().__init__(rows, name=name, image_size=image_size, image_column=image_column, min_side=min_side)
+        super().__init__(
+            rows, name=name, image_size=image_size, image_column=image_column, min_side=min_side, folder=folder
+        )
         self._texts = rows.select_columns(columns)
         self._fields = tuple(caption_columns)
         texts: Any = self._texts  # iterates over dictionaries, which its type does not say
@@ -182,23 +226,44 @@ def check_image_type(kind: pa.DataType, name: str, column: str) -> None:
         raise VarpiError(f"{name}: column {column!r} holds {kind}; expected images (bytes and path)")
 
 
-def decode_cell(value: Any, name: str, image_size: int, *, min_side: int = 0) -> Tensor:
+def decode_cell(
+    value: Any,
+    name: str,
+    image_size: int,
+    *,
+    min_side: int = 0,
+    folder: Path | None = None,
+    repository: str | None = None,
+) -> Tensor:
     """The image in a cell: bytes, or a {bytes, path} struct. Arguments and errors as in `load_image`.
 
-    A path may point into the Hub, as in streamed datasets that keep their images as files.
+    A path is that of a local file, or of one in the Hub's `repository`, which streamed datasets that keep their images
+    as files have; nothing else is fetched, for it is the data that would say from where.
+
+    folder: what a relative path begins at. repository: "hf://datasets/ORG/NAME@COMMIT".
     """
     if isinstance(value, dict):
         path = value.get("path")
         name = f"{name} ({path})" if path else name
         value = value["bytes"]
         if value is None and path:
-            value = _fetch(path, name) if "hf://" in path else Path(path)
+            value = _fetch(path, name, repository) if "://" in path else _local(path, name, folder)
     if not value:
         raise BadImage(f"{name}: the cell is empty")
     return load_image(value, name, image_size, min_side=min_side)
 
 
-def _fetch(url: str, name: str) -> bytes:
+def _local(path: str, name: str, folder: Path | None) -> Path:
+    if folder is None and not Path(path).is_absolute():
+        raise BadImage(f"{name}: is a relative path, and the table's files lie in several folders")
+    return (folder or Path()) / path
+
+
+def _fetch(url: str, name: str, repository: str | None) -> bytes:
+    archive, _, target = url.rpartition("::")
+    ours = repository is not None and target.startswith(f"{repository}/") and ".." not in target.split("/")
+    if not ours or not re.fullmatch(r"((zip|tar)://[^:]*)?", archive):
+        raise BadImage(f"{name}: only local files and those of the dataset's own Hub repository are read")
     try:
         files, path = fsspec.url_to_fs(url)
         return files.cat_file(path)
@@ -222,22 +287,73 @@ def load_saved(directory: Path, split: str) -> datasets.Dataset:
     return loaded
 
 
-def load_parquet(source: Path | Sequence[Path], split: str) -> datasets.Dataset:
+def load_parquet(source: Path | Sequence[Path], split: str, columns: Columns) -> datasets.Dataset:
     """A directory, whose splits the library tells by its file names; or files, which are split "train"."""
-    files = [*source.glob("*.parquet"), *source.glob("data/*.parquet")] if isinstance(source, Path) else source
+    files = parquet_files(source) if isinstance(source, Path) else list(source)
     shown = str(source) if isinstance(source, Path) else ", ".join(map(str, files[:3]))
     try:
         # The library's own message for this is a riddle
         if not any(pq.read_metadata(file).num_rows for file in files):
             raise VarpiError(f"{shown}: no images; the table has no rows")
+        wanted = check_files(files, columns)
         if isinstance(source, Path):
-            return datasets.load_dataset(str(source), split=split)
+            return datasets.load_dataset(str(source), split=split, columns=wanted)
         _require_train(shown, split)
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train", columns=wanted)
     except VarpiError:
         raise
     except Exception as error:
         raise VarpiError(f"{shown}: cannot be read as parquet ({reason(error)})") from error
+
+
+def parquet_files(directory: Path) -> list[Path]:
+    return sorted([*directory.glob("*.parquet"), *directory.glob("data/*.parquet")])
+
+
+def check_files(files: Sequence[Path], columns: Columns) -> list[str]:
+    """The columns to read of parquet files, once all of them have these, with the same classes under the same numbers.
+
+    Other columns may differ. Raises VarpiError naming the file, or the two that disagree.
+    """
+    wanted: list[str] = []
+    first: tuple[Path, list[str] | None] | None = None
+    for file in files:
+        schema = pq.read_schema(file)
+        found = check_columns(
+            schema.names,
+            str(file),
+            image_column=columns.image,
+            label_column=columns.label,
+            caption_columns=columns.captions,
+        )
+        wanted = [columns.image, *found]
+        if columns.label is not None:
+            names = _stored_names(schema, columns.label)
+            first = first or (file, names)
+            if names != first[1]:
+                raise VarpiError(
+                    f"{first[0]} and {file} number the classes of column {columns.label!r} differently "
+                    f"({_in_short(first[1])} and {_in_short(names)}); write both with the same ClassLabel"
+                )
+    return wanted
+
+
+def _stored_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """The names of a ClassLabel in the metadata that `datasets` writes into parquet files."""
+    try:
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _in_short(names: list[str] | None) -> str:
+    return "no names" if names is None else ", ".join(map(str, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+def common_folder(paths: Sequence[Path]) -> Path | None:
+    """The directory that all of these files lie in, if there is one."""
+    folders = {path.parent for path in paths}
+    return folders.pop() if len(folders) == 1 else None
 
 
 def load_hub(name: str, revision: str | None, split: str) -> datasets.Dataset:
@@ -262,19 +378,19 @@ def stream_hub(name: str, revision: str | None, split: str) -> tuple[datasets.It
     return _undecoded(rows, name), str(commit)
 
 
-def stream_parquet(paths: Sequence[Path], split: str) -> tuple[datasets.IterableDataset, list[Path]]:
+def stream_parquet(paths: Sequence[Path], split: str, columns: Columns) -> tuple[datasets.IterableDataset, list[Path]]:
     """One directory, or files, as in `load_parquet`, to be read from beginning to end; and the files."""
     directory = paths[0] if paths[0].is_dir() else None
     shown = str(directory) if directory else ", ".join(map(str, paths[:3]))
-    files = list(paths)
+    files = parquet_files(directory) if directory else list(paths)
     try:
+        wanted = check_files(files, columns)
         if directory:
-            files = sorted([*directory.glob("*.parquet"), *directory.glob("data/*.parquet")])
-            rows = datasets.load_dataset(str(directory), split=split, streaming=True)
+            rows = datasets.load_dataset(str(directory), split=split, streaming=True, columns=wanted)
         else:
             _require_train(shown, split)
             names = [str(path) for path in paths]
-            rows = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+            rows = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True, columns=wanted)
     except VarpiError:
         raise
     except Exception as error:

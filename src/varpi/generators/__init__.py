@@ -26,6 +26,8 @@ class Generator(Protocol):
     num_tokens: int
     num_classes: int | None
     """Classes it knows; None: it is conditioned on text."""
+    class_names: tuple[str, ...] | None
+    """What its classes are called, in the order of their ids, where its file says so."""
     gradient_checkpointing: bool
     training: bool
 

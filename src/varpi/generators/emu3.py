@@ -82,6 +82,7 @@ class Emu3(nn.Module):
         self.inputs = self.grid * (self.grid + 1) - 2  # ends of lines too; neither the last of them nor the last code
         self.vocab_size: int = settings.vq_config.codebook_size
         self.num_classes = None
+        self.class_names: tuple[str, ...] | None = None
         self.gradient_checkpointing = False
         self.tied = config.tie_word_embeddings
         self.vocabulary: dict[str, int] = settings.vocabulary_map

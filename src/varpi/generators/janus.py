@@ -87,6 +87,7 @@ class Janus(nn.Module):
         self.grid = math.isqrt(self.num_tokens)
         self.vocab_size: int = vq.num_embeddings
         self.num_classes: int | None = None
+        self.class_names: tuple[str, ...] | None = None
         self.gradient_checkpointing = False
         self.tied: bool = config.tie_word_embeddings
         model = self.hf.model

@@ -211,6 +211,7 @@ class LlamaGen(nn.Module):
         self.num_tokens = config.grid**2
         self.num_classes = config.num_classes if config.conditioning == "class" else None
         self.condition_tokens = config.condition_tokens
+        self.class_names: tuple[str, ...] | None = None
         self.gradient_checkpointing = False
         self.text_encoder: Callable[[Sequence[str]], list[Tensor]] | None = None
         """Captions to features float (L,C) of valid tokens only; without one, captions must come as features."""

@@ -47,6 +47,7 @@ from varpi.training.state import (
 )
 from varpi.training.trouble import EqualRewards, explained
 from varpi.training.validation import Validation, note_loss, prepare_condition
+from varpi.weights.class_names import known_class_names, name_classes
 
 
 def train(
@@ -80,9 +81,11 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
         if show and world.is_main:
             print(f"{run} is finished; nothing was left to do", file=sys.stderr)
         return None
-    batches = open_batches(recipe, world)
-    validation = Validation(recipe, world) if recipe.validation is not None else None
+    batches = open_batches(recipe, world, known_class_names(recipe))
+    validation = Validation(recipe, world, batches) if recipe.validation is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
+    if isinstance(method.model, Generator):
+        name_classes(method.model, recipe, batches)
     for model in (method.model, *method.frozen):
         shard(model, world)
     optimizer = make_optimizer(method.model, recipe.optimizer)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from varpi.data import BadImage, Batch, Dataset, Dropped, Item
+from varpi.data import BadImage, Batch, Batches, Dataset, Dropped, Item
 from varpi.data.loader import collate_conditions
-from varpi.data.opening import open_split
+from varpi.data.opening import open_held_out
+from varpi.data.stream import StreamBatches
 from varpi.errors import VarpiError
 from varpi.generators import Generator
 from varpi.methods import Method
@@ -19,13 +20,13 @@ from varpi.training.state import Progress
 
 
 class Validation:
-    """What a recipe's `validation` asks for; opens the held-out images."""
+    """What a recipe's `validation` asks for; opens the held-out images, their classes numbered as in the `batches`."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, batches: Batches | StreamBatches) -> None:
         assert recipe.validation is not None
         self.every = recipe.validation.every
         self._world = world
-        self._dataset = open_split(recipe.data, recipe.validation.split)
+        self._dataset = open_held_out(recipe, recipe.validation.split, batches)
         self._count = min(recipe.validation.images or len(self._dataset), len(self._dataset))
         self._size = recipe.training.micro_batch or recipe.training.batch_size
 

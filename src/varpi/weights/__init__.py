@@ -24,6 +24,7 @@ from varpi.runtime.files import write_aside, write_text
 from varpi.runtime.tensors import EMBEDDED, SIDE_FILES, Source, embedded, few, fill, read_checkpoint, sha256_of
 from varpi.tokenizers import VQ, Tokenizer, VQConfig
 from varpi.weights import lora, names
+from varpi.weights.class_names import class_names_metadata, read_class_names
 
 __all__ = [
     "EMBEDDED",
@@ -103,6 +104,7 @@ def load_generator(
         generator = LlamaGen(config)
     fill(generator, tensors, str if native else names.original_name, where, said, device, dtype)
     generator.reset_tables()
+    generator.class_names = opened.class_names
     return generator.eval()
 
 
@@ -174,6 +176,7 @@ class _Opened:
     hf_config: dict[str, Any]
     """The config.json beside it."""
     folder: Path | None
+    class_names: tuple[str, ...] | None
 
     def own_config(self, config_type: type[Config]) -> Config | None:
         """The stored configuration, when varpi wrote the file."""
@@ -214,7 +217,8 @@ def _open(source: Source, kind: str) -> _Opened:
             raise VarpiError(f"{where}: has format {version}; this varpi reads format {FORMAT}: update varpi")
         if stored["kind"] != kind and stored["architecture"] not in families():
             raise VarpiError(f"{where}: holds a {stored['kind']}, not a {kind}")
-    return _Opened(where, checkpoint.tensors, stored, checkpoint.config(), checkpoint.folder)
+    class_names = read_class_names(checkpoint.metadata, where)
+    return _Opened(where, checkpoint.tensors, stored, checkpoint.config(), checkpoint.folder, class_names)
 
 
 def _family(opened: _Opened, architecture: Any) -> Family | None:
@@ -341,7 +345,8 @@ def export_original(model: Generator | Tokenizer, path: str | os.PathLike[str]) 
         _write_side_files(model, Path(path))
         path = Path(path, "model.safetensors")
     if os.fspath(path).endswith(".safetensors"):
-        write_aside(path, lambda aside: save_file(tensors, aside, metadata={"format": "pt"}), size=_size(tensors))
+        metadata = {"format": "pt", **class_names_metadata(model)}
+        write_aside(path, lambda aside: save_file(tensors, aside, metadata=metadata), size=_size(tensors))
     else:
         content = {"model": tensors} if isinstance(model, VQ) else tensors
         write_aside(path, lambda aside: torch.save(content, aside), size=_size(tensors))
@@ -408,5 +413,5 @@ def _save(
     else:
         tensors = _tensors(lora.merge(model, state_dict))
     description = {"format": FORMAT, "kind": kind, "architecture": architecture, "config": config}
-    metadata = {"format": "pt", **(extra or {}), "varpi": json.dumps(description)}
+    metadata = {"format": "pt", **(extra or {}), **class_names_metadata(model), "varpi": json.dumps(description)}
     write_aside(path, lambda aside: save_file(tensors, aside, metadata=metadata), size=_size(tensors))
