@@ -406,6 +406,35 @@ def test_output_that_holds_something_else(place: Place) -> None:
     assert "already exists" in place.refused("export", generator, "--output", place / "out.pt")
 
 
+@pytest.mark.parametrize("recipe", ["digits-text", "digits-text-next-token"])
+def test_a_recipe_whose_base_is_missing_says_what_to_run_first(
+    recipe: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    train = ["train", recipe, "--device", "cpu"]
+    base = "runs/digits-text-generator"
+    message = place.refused(*train)
+    assert (
+        f"{base} is not there: it is made by another recipe; run `varpi train digits-text-generator` first" in message
+    )
+    (place / base).mkdir(parents=True)
+    message = place.refused(*train)
+    assert f"{base} has not been trained to its end: run `varpi train digits-text-generator --resume` first" in message
+    (place / base / "model.safetensors").write_text("mine")
+    assert "first" not in place.refused(*train)
+
+
+def test_a_batch_larger_than_the_machine_is_refused_before_it_is_read(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varpi.runtime.memory.physical_memory", lambda: 2**34)
+    message = place.refused(*place.train("training.batch_size=1048576", "data.image_size=256"))
+    assert (
+        "1048576 images of 256 pixels at once (training.batch_size): 768 GiB are needed, and this machine has 16"
+        in (message)
+    )
+
+
 def test_resume_under_another_recipe(place: Place) -> None:
     place.run(*place.train("training.steps=1"))
     message = place.refused(*place.train("training.steps=2", "optimizer.learning_rate=0.5", resume=True))

@@ -11,6 +11,7 @@ from typing import Any
 from varpi import __version__
 from varpi.cli.options import command, say
 from varpi.errors import VarpiError
+from varpi.runtime.memory import physical_memory
 
 PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
 EXTRAS = {
@@ -60,10 +61,8 @@ def report() -> list[tuple[str, str]]:
 
 
 def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (ValueError, OSError):
-        return "unknown"
+    there = physical_memory()
+    return "unknown" if there is None else f"{there / 2**30:.0f} GiB"
 
 
 def _devices() -> list[tuple[str, str]]:

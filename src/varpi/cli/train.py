@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi.cli.options import add_device, command, say
+from varpi.errors import VarpiError
 from varpi.recipes import shipped_recipes
 
 
@@ -44,6 +45,9 @@ def run(options: argparse.Namespace) -> None:
     if options.print_recipe:
         print(recipe.to_yaml(), end="")
         return
+    for section in (recipe.generator, recipe.tokenizer):
+        if section is not None and section.source is not None:
+            _check_base(Path(section.source))
     from varpi.training import train
 
     run = train(
@@ -54,3 +58,16 @@ def run(options: argparse.Namespace) -> None:
     )
     if os.environ.get("RANK", "0") == "0" and (run / "model.safetensors").is_file():
         say(f"wrote {run / 'model.safetensors'}")
+
+
+def _check_base(source: Path) -> None:
+    """Where a recipe begins with what another one makes, say so when that has not been run, or not to its end."""
+    if (
+        source.parent != Path("runs")
+        or source.name not in shipped_recipes()
+        or (source / "model.safetensors").is_file()
+    ):
+        return
+    if source.is_dir():
+        raise VarpiError(f"{source} has not been trained to its end: run `varpi train {source.name} --resume` first")
+    raise VarpiError(f"{source} is not there: it is made by another recipe; run `varpi train {source.name}` first")

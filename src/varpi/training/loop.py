@@ -25,6 +25,7 @@ from varpi.errors import Stopped, VarpiError
 from varpi.generators import Generator
 from varpi.methods import Method, build_method
 from varpi.recipe import Recipe
+from varpi.runtime.memory import check_memory
 from varpi.runtime.processes import World, joined_world, stop_request
 from varpi.training.logging import Logger, Metrics, Silence, check_sinks, open_logger, peak_memory
 from varpi.training.optimizer import learning_rate, make_optimizer
@@ -77,6 +78,8 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
         raise VarpiError(
             f"training.batch_size is {training.batch_size}; it must be a multiple of {world.size} processes"
         )
+    share, side = training.batch_size // world.size, recipe.data.image_size
+    check_memory(share * 3 * side**2 * 4, f"{share} images of {side} pixels at once (training.batch_size)")
     if world.on_main(lambda: _enter(run, recipe, lock, resume)):
         if show and world.is_main:
             print(f"{run} is finished; nothing was left to do", file=sys.stderr)
