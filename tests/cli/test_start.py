@@ -1,8 +1,8 @@
 """Starting: the version, and that nothing heavy is imported before a command runs."""
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -30,13 +30,15 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert imported_by(f"from varpi.cli.main import main\nmain({arguments})") == []
 
 
-def test_help_is_fast() -> None:
+def test_help_takes_less_than_half_a_second() -> None:
+    """Of the processor's time: what else runs on the machine does not count."""
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "varpi", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.5
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0 < min(seconds) < 0.5
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
