@@ -7,13 +7,14 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: help env demo test lint soak embedded clean
+.PHONY: help env demo test lint mutants soak embedded clean
 
 help:
 	@echo "make env       the environment in $(VENV): the package (editable) and all that the rest needs"
 	@echo "make demo      the main job on the embedded digits; writes runs/demo/report.html and runs/demo/metrics.json"
 	@echo "make test      the test suite; ARGS=... goes to pytest"
 	@echo "make lint      ruff and pyright"
+	@echo "make mutants   plants small faults, each alone; every one must make its tests fail; ARGS='-j 8 sampling'"
 	@echo "make soak      the long reliability run: kills and resumes, several processes"
 	@echo "make embedded  makes the embedded pair again from its recipes"
 	@echo "make clean     removes caches and build output; keeps $(VENV) and runs/"
@@ -30,6 +31,9 @@ test: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath "$(BIN)/python"
+
+mutants: env
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 soak: env
 	$(BIN)/python tests/soak.py $(ARGS)

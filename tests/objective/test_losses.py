@@ -111,6 +111,22 @@ def test_clipping_by_hand(ratio: float, advantage: float, loss: float, gradient:
     assert metrics["approx_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-4)
 
 
+def test_the_clip_range_is_the_one_given():
+    log_probs = torch.tensor([[[math.log(1.15)]]])
+    losses = [
+        policy_loss(log_probs, torch.zeros(1, 1, 1), torch.ones(1, 1), clip_range=clip_range)[0].item()
+        for clip_range in (0.1, 0.2)
+    ]
+    assert losses == pytest.approx([-1.1, -1.15])
+
+
+def test_old_log_probs_are_a_constant():
+    log_probs, old = torch.zeros(1, 2, 3, requires_grad=True), torch.zeros(1, 2, 3, requires_grad=True)
+    policy_loss(log_probs, old, torch.ones(1, 2))[0].backward()
+    assert log_probs.grad is not None
+    assert old.grad is None
+
+
 def test_per_token_advantages_generalize_per_sample_ones():
     old, new = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     advantages = torch.randn(2, 3)

@@ -49,6 +49,13 @@ def test_parts_by_hand():
     assert rewards.total.dtype == torch.float32
 
 
+def test_errors_of_both_signs_add_up():
+    samples, images = torch.tensor([[[0, 2, 0, 2]]]), torch.full((1, 3, 2, 2), 0.1)
+    rewards = score_samples(Decoder(), samples, images, RewardWeights(1.0, 0.0, 1.0))
+    assert rewards.parts["l1"].item() == pytest.approx(0.1)
+    assert rewards.parts["mse"].item() == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8, 11, 100])
 def test_chunks_change_nothing_but_the_decode_batch(chunk: int):
     batch, group_size = 5, 4

@@ -1,0 +1,659 @@
+"""Would the suite notice? Small faults, each planted alone in a copy of the tree, each with tests that must fail then.
+
+    python tests/mutants.py            # all of them, two at a time: about ten minutes
+    python tests/mutants.py -j 8 guidance 'optimizer.py'    # those whose file or description holds one of the words
+
+First the named files of tests must pass without a fault. Exits 1 when a fault survives, and when the code that it
+replaces is no longer there exactly once; within the suite `test_mutants.py` sees to the latter.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SURVIVED, CAUGHT = 0, 1
+"""Exit codes of pytest: all passed, some failed. With any other it did not run the tests."""
+
+
+class Mutant(NamedTuple):
+    fault: str
+    file: str
+    """Below src/varpi."""
+    old: str
+    """What stands there exactly once."""
+    new: str
+    tests: str
+    """Arguments of pytest, below tests/."""
+
+
+MUTANTS = [
+    # -- objective
+    Mutant(
+        "advantages are not clipped",
+        "objective/advantages.py",
+        "+ eps)).clamp(-clip, clip)",
+        "+ eps))",
+        "objective/test_advantages.py",
+    ),
+    Mutant(
+        "the deviation of a group is the biased one",
+        "objective/advantages.py",
+        "exact.std(dim=1, keepdim=True)",
+        "exact.std(dim=1, keepdim=True, correction=0)",
+        "objective/test_advantages.py",
+    ),
+    Mutant(
+        "advantages compare with the mean of the batch",
+        "objective/advantages.py",
+        "exact.mean(dim=1, keepdim=True)",
+        "exact.mean()",
+        "objective/test_advantages.py",
+    ),
+    Mutant(
+        "rounding among equals becomes a signal",
+        "objective/advantages.py",
+        "spread <= SAME *",
+        "spread < 0 *",
+        "objective/test_advantages.py",
+    ),
+    Mutant(
+        "advantages are summed in float32",
+        "objective/advantages.py",
+        "rewards.double()",
+        "rewards.float()",
+        "objective/test_advantages.py",
+    ),
+    Mutant(
+        "the true token may replace itself",
+        "objective/corruption.py",
+        "replacement += replacement >= tokens",
+        "replacement += replacement > tokens",
+        "objective/test_corruption.py",
+    ),
+    Mutant(
+        "context noise of rate 0 replaces where the draw is 0",
+        "objective/corruption.py",
+        "uniforms[..., 0] < rate",
+        "uniforms[..., 0] <= rate",
+        "objective/test_corruption.py",
+    ),
+    Mutant(
+        "the released kernel of noise misses a code",
+        "objective/corruption.py",
+        "choices = vocab_size - 1 if exclude_true else vocab_size",
+        "choices = vocab_size - 1",
+        "objective/test_corruption.py",
+    ),
+    Mutant(
+        "the policy term takes the better of its two sides",
+        "objective/losses.py",
+        "torch.maximum(-advantages * ratio",
+        "torch.minimum(-advantages * ratio",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "clip_range is ignored by the loss",
+        "objective/losses.py",
+        "ratio.clamp(1 - clip_range, 1 + clip_range)",
+        "ratio.clamp(0.8, 1.2)",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "the ratio is clipped from above only",
+        "objective/losses.py",
+        "ratio.clamp(1 - clip_range, 1 + clip_range)",
+        "ratio.clamp(max=1 + clip_range)",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "old log-probabilities carry a gradient",
+        "objective/losses.py",
+        "log_ratio = log_probs - old_log_probs.detach()",
+        "log_ratio = log_probs - old_log_probs",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "the estimate of KL is that of the other direction",
+        "objective/losses.py",
+        "delta = reference_log_probs.detach() - log_probs",
+        "delta = log_probs - reference_log_probs.detach()",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "the gradient of shared logits is a mean over samples",
+        "objective/losses.py",
+        "-grad_output[rows].sum(dim=1)",
+        "-grad_output[rows].mean(dim=1)",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "slices of a batch leave images out",
+        "objective/losses.py",
+        "slice(first, first + step)",
+        "slice(first, first + 1)",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "entropy is not divided by the positions",
+        "objective/losses.py",
+        "total / (logits.shape[0] * logits.shape[1])",
+        "total / logits.shape[0]",
+        "objective/test_losses.py",
+    ),
+    Mutant(
+        "inversion takes the token at the edge",
+        "objective/rollout.py",
+        "threshold, right=True",
+        "threshold, right=False",
+        "objective/test_rollout.py",
+    ),
+    Mutant(
+        "the squared error is a sum",
+        "objective/rewards.py",
+        "error.square().mean(dim=(2, 3, 4))",
+        "error.square().sum(dim=(2, 3, 4))",
+        "objective/test_rewards.py",
+    ),
+    Mutant(
+        "weights of a reward are ignored",
+        "objective/rewards.py",
+        "total -= weight * parts[name]",
+        "total -= parts[name]",
+        "objective/test_rewards.py",
+    ),
+    Mutant(
+        "the absolute error is signed",
+        "objective/rewards.py",
+        "error.abs().mean(",
+        "error.mean(",
+        "objective/test_rewards.py",
+    ),
+    Mutant(
+        "a chunk decodes one sample and counts as many",
+        "objective/rewards.py",
+        "columns = slice(start, start + chunk)",
+        "columns = slice(start, start + 1)",
+        "objective/test_rewards.py",
+    ),
+    # -- random streams
+    Mutant(
+        "all streams of a seed are one",
+        "runtime/randomness.py",
+        "key=np.array([seed, stream]",
+        "key=np.array([seed, 0]",
+        "runtime/test_randomness.py",
+    ),
+    Mutant(
+        "the seed is ignored",
+        "runtime/randomness.py",
+        "key=np.array([seed, stream]",
+        "key=np.array([0, stream]",
+        "runtime/test_randomness.py",
+    ),
+    Mutant(
+        "every step draws the same",
+        "runtime/randomness.py",
+        "(step, index, 0), block.size",
+        "(0, index, 0), block.size",
+        "runtime/test_randomness.py",
+    ),
+    Mutant(
+        "every image draws the same",
+        "runtime/randomness.py",
+        "(step, index, 0), block.size",
+        "(step, 0, 0), block.size",
+        "runtime/test_randomness.py",
+    ),
+    Mutant(
+        "neighbouring blocks of words overlap",
+        "runtime/randomness.py",
+        "np.array([0, *place]",
+        "np.array([*place, 0]",
+        "runtime/test_randomness.py",
+    ),
+    Mutant(
+        "uniform numbers fill half the interval",
+        "runtime/randomness.py",
+        "blocks >> np.uint64(40)",
+        "blocks >> np.uint64(41)",
+        "runtime/test_randomness.py",
+    ),
+    # -- sampling
+    Mutant(
+        "sampling draws what a training step drew",
+        "sampling/generate.py",
+        "stream=Stream.GENERATION",
+        "stream=Stream.SAMPLES",
+        "sampling/test_generate.py -k stream",
+    ),
+    Mutant(
+        "top-p ends where the sum equals it",
+        "sampling/generate.py",
+        "cumsum(-1) > sampling.top_p",
+        "cumsum(-1) >= sampling.top_p",
+        "sampling/test_generate.py -k top_p",
+    ),
+    Mutant(
+        "top-p leaves the token that crosses it out",
+        "sampling/generate.py",
+        "torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., :-1]], dim=-1)",
+        "torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., 1:]], dim=-1)",
+        "sampling/test_generate.py -k filters",
+    ),
+    Mutant(
+        "top-k leaves out those that equal the last",
+        "sampling/generate.py",
+        "logits < least",
+        "logits <= least",
+        "sampling/test_generate.py -k filters",
+    ),
+    Mutant(
+        "the temperature is ignored",
+        "sampling/generate.py",
+        "logits.float() / sampling.temperature",
+        "logits.float()",
+        "sampling/test_generate.py -k filters",
+    ),
+    Mutant(
+        "guidance starts from the conditional logits",
+        "sampling/generate.py",
+        "logits = null + scale * (conditional - null)",
+        "logits = conditional + scale * (conditional - null)",
+        "sampling/test_generate.py -k greedy",
+    ),
+    Mutant(
+        "the samples of an image depend on the batch",
+        "sampling/generate.py",
+        "size, number = len(part), first + start",
+        "size, number = len(part), first",
+        "sampling/test_generate.py -k seed",
+    ),
+    Mutant(
+        "samples are drawn with dropout",
+        "sampling/generate.py",
+        "    generator.eval()\n    try:",
+        "    try:",
+        "sampling/test_generate.py -k dropout",
+    ),
+    Mutant(
+        "the guidance interval is one step short",
+        "sampling/settings.py",
+        "0 <= self.guidance_interval < i",
+        "0 <= self.guidance_interval <= i",
+        "sampling/test_settings.py",
+    ),
+    Mutant(
+        "power-cosine guidance reaches twice the scale",
+        "sampling/settings.py",
+        "(1 - turn) / 2",
+        "(1 - turn)",
+        "sampling/test_settings.py",
+    ),
+    # -- evaluation
+    Mutant(
+        "a ball of precision has no surface",
+        "evaluation/distances.py",
+        "distances <= real_radii",
+        "distances < real_radii",
+        "evaluation/test_distances.py -k surface",
+    ),
+    Mutant(
+        "a ball of recall has no surface",
+        "evaluation/distances.py",
+        "distances <= radii[:, None]",
+        "distances < radii[:, None]",
+        "evaluation/test_distances.py -k surface",
+    ),
+    Mutant(
+        "a vector is its own nearest neighbour",
+        "evaluation/distances.py",
+        "points).topk(k + 1,",
+        "points).topk(k,",
+        "evaluation/test_distances.py -k precision",
+    ),
+    Mutant(
+        "the kernel's degree is two",
+        "evaluation/distances.py",
+        "/ x.shape[1] + 1) ** 3",
+        "/ x.shape[1] + 1) ** 2",
+        "evaluation/test_distances.py -k kernel",
+    ),
+    Mutant(
+        "the kernel distance counts a vector with itself",
+        "evaluation/distances.py",
+        "kernel.sum() - kernel.trace()",
+        "kernel.sum()",
+        "evaluation/test_distances.py -k kernel",
+    ),
+    Mutant(
+        "the Inception Score of the whole, whatever the splits",
+        "evaluation/distances.py",
+        "np.array_split(values, splits)",
+        "np.array_split(values, 1)",
+        "evaluation/test_distances.py -k inception",
+    ),
+    Mutant(
+        "the covariance is the biased one",
+        "evaluation/statistics.py",
+        "values.T @ values / max(len(values) - 1, 1)",
+        "values.T @ values / len(values)",
+        "evaluation/test_statistics.py",
+    ),
+    Mutant(
+        "merged means lean to the wrong side",
+        "evaluation/statistics.py",
+        "a.mean + shift * (b.count / total)",
+        "a.mean + shift * (a.count / total)",
+        "evaluation/test_statistics.py",
+    ),
+    Mutant(
+        "merging forgets how far apart the means are",
+        "evaluation/statistics.py",
+        "    scatter += np.outer(shift, shift) * (a.count * b.count / total)\n",
+        "",
+        "evaluation/test_statistics.py",
+    ),
+    Mutant(
+        "the Fréchet distance without the means",
+        "evaluation/statistics.py",
+        "distance = difference @ difference + ",
+        "distance = ",
+        "evaluation/test_distances.py -k frechet",
+    ),
+    Mutant(
+        "half of the trace of the root",
+        "evaluation/statistics.py",
+        "- 2 * trace_of_root",
+        "- trace_of_root",
+        "evaluation/test_distances.py -k frechet",
+    ),
+    # -- images
+    Mutant(
+        "an image of twice the size is not halved",
+        "data/transforms.py",
+        "min(image.size) >= 2 * size",
+        "min(image.size) > 2 * size",
+        "data/test_transforms.py -k crop",
+    ),
+    Mutant(
+        "halving is bicubic",
+        "data/transforms.py",
+        "Image.Resampling.BOX",
+        "Image.Resampling.BICUBIC",
+        "data/test_transforms.py -k crop",
+    ),
+    Mutant(
+        "a scaled side is cut, not rounded",
+        "data/transforms.py",
+        "(round(image.width * scale), round(image.height * scale))",
+        "(int(image.width * scale), int(image.height * scale))",
+        "data/test_transforms.py -k crop",
+    ),
+    Mutant(
+        "images lie in [0, 1]",
+        "data/transforms.py",
+        "/ 255 * 2 - 1",
+        "/ 255",
+        "data/test_transforms.py -k tensor",
+    ),
+    Mutant(
+        "pixels are quantized half a step lower",
+        "data/pixels.py",
+        "+ 128.0",
+        "+ 127.5",
+        "samples/test_images.py",
+    ),
+    Mutant(
+        "transparent is black",
+        "data/images.py",
+        'image.size, "white")',
+        'image.size, "black")',
+        "data/test_decoding.py -k alpha",
+    ),
+    Mutant(
+        "of 16 bits the low byte is taken",
+        "data/images.py",
+        "(wide >> 8)",
+        "(wide & 255)",
+        "data/test_decoding.py -k sixteen",
+    ),
+    Mutant(
+        "orientation is ignored",
+        "data/images.py",
+        "ImageOps.exif_transpose(image) if turned else image",
+        "image",
+        "data/test_decoding.py -k orientation",
+    ),
+    Mutant(
+        "the limit of pixels is ignored",
+        "data/images.py",
+        "width * height > MAX_PIXELS",
+        "width * height > MAX_PIXELS**2",
+        "data/test_decoding.py -k pixels",
+    ),
+    # -- captions
+    Mutant(
+        "caption features are padded on the right",
+        "generators/llamagen.py",
+        "F.pad(feature.float(), (0, 0, length - len(feature), 0))",
+        "F.pad(feature.float(), (0, 0, 0, length - len(feature)))",
+        "generators/test_llamagen.py -k padded",
+    ),
+    Mutant(
+        "the mask of captions shows the padding",
+        "generators/llamagen.py",
+        ">= length - valid[:, None]",
+        "< valid[:, None]",
+        "generators/test_llamagen.py -k padded",
+    ),
+    Mutant(
+        "captions are cleaned once",
+        "data/text_encoder.py",
+        "clean_caption(clean_caption(caption))",
+        "clean_caption(caption)",
+        "data/test_text_encoder.py -k cleaned",
+    ),
+    Mutant(
+        "T5 attends to its padding",
+        "data/text_encoder.py",
+        ", attention_mask=mask).last_hidden_state",
+        ").last_hidden_state",
+        "data/test_text_encoder.py -k company",
+    ),
+    # -- networks
+    Mutant(
+        "maps are compared without unit length",
+        "networks/perceptual.py",
+        "_unit(maps.float()), _unit(reference.float())",
+        "maps.float(), reference.float()",
+        "networks/test_perceptual.py",
+    ),
+    Mutant(
+        "LPIPS without its learned weights",
+        "networks/perceptual.py",
+        "_unit_difference(a, b) * weight.float()",
+        "_unit_difference(a, b)",
+        "networks/test_perceptual.py",
+    ),
+    Mutant(
+        "LPIPS without its scaling of colours",
+        "networks/perceptual.py",
+        "self.trunk(self.scaling_layer(images))",
+        "self.trunk(images)",
+        "networks/test_perceptual.py",
+    ),
+    # -- tokenizer and generator
+    Mutant(
+        "a norm's epsilon is PyTorch's",
+        "tokenizers/vq.py",
+        "self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)",
+        "self.norm2 = nn.GroupNorm(groups, cout)",
+        "tokenizers/test_vq.py -k norms",
+    ),
+    Mutant(
+        "down-sampling pads the other side",
+        "tokenizers/vq.py",
+        "F.pad(x, (0, 1, 0, 1))",
+        "F.pad(x, (1, 0, 1, 0))",
+        "tokenizers/test_vq.py -k vq8",
+    ),
+    Mutant(
+        "codes keep their lengths",
+        "tokenizers/vq.py",
+        "return F.normalize(self.embedding.weight.float(), dim=-1)",
+        "return self.embedding.weight.float()",
+        "tokenizers/test_vq.py -k vq8",
+    ),
+    Mutant(
+        "no gradient passes the quantization",
+        "tokenizers/vq.py",
+        "self.decode_codes(latents + (codes - latents).detach())",
+        "self.decode_codes(codes)",
+        "tokenizers/test_vq.py -k gradient",
+    ),
+    Mutant(
+        "the rotary table turns condition positions",
+        "generators/llamagen.py",
+        "table.new_zeros(config.condition_tokens",
+        "table.new_ones(config.condition_tokens",
+        "generators/test_llamagen.py -k class_logits",
+    ),
+    Mutant(
+        "rows and columns of the rotary table change places",
+        "generators/llamagen.py",
+        "torch.cat([rows, columns], dim=-1)",
+        "torch.cat([columns, rows], dim=-1)",
+        "generators/test_llamagen.py -k class_logits",
+    ),
+    Mutant(
+        "odd coordinates turn the other way",
+        "generators/llamagen.py",
+        "odd * cos + even * sin",
+        "odd * cos - even * sin",
+        "generators/test_llamagen.py -k class_logits",
+    ),
+    Mutant(
+        "padded captions are attended to",
+        "generators/llamagen.py",
+        "        mask[:, :, : self.condition_tokens] &= condition.mask.bool()[:, None, :]\n",
+        "",
+        "generators/test_llamagen.py -k text_logits",
+    ),
+    Mutant(
+        "the null class is the last real one",
+        "generators/llamagen.py",
+        "condition.masked_fill(drop, self.config.num_classes)",
+        "condition.masked_fill(drop, self.config.num_classes - 1)",
+        "generators/test_llamagen.py -k greedy",
+    ),
+    Mutant(
+        "captions pass an exact GELU",
+        "generators/llamagen.py",
+        'approximate="tanh"',
+        'approximate="none"',
+        "generators/test_llamagen.py -k text_logits",
+    ),
+    Mutant(
+        "gate and up change places in files",
+        "weights/names.py",
+        '"layers.{i}.feed_forward.w1.weight": "blocks.{i}.feed_forward.gate.weight",\n'
+        '    "layers.{i}.feed_forward.w3.weight": "blocks.{i}.feed_forward.up.weight",',
+        '"layers.{i}.feed_forward.w3.weight": "blocks.{i}.feed_forward.gate.weight",\n'
+        '    "layers.{i}.feed_forward.w1.weight": "blocks.{i}.feed_forward.up.weight",',
+        "generators/test_llamagen.py -k class_logits",
+    ),
+]
+
+
+class Tree:
+    """A copy of src/ and tests/ in which tests run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in ("src", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+
+    def test(self, *arguments: str) -> tuple[int, str]:
+        """The exit code of pytest, and what it printed."""
+        # No bytecode: a fault of the same length, planted within the same second, would not be seen beside it.
+        environment = os.environ | {"PYTHONPATH": str(self.folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments],
+            cwd=self.folder / "tests",
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.returncode, done.stdout
+
+    def test_with(self, mutant: Mutant) -> tuple[int, str]:
+        path = self.folder / "src" / "varpi" / mutant.file
+        text = path.read_text(encoding="utf-8")
+        path.write_text(planted(mutant, text), encoding="utf-8")
+        try:
+            return self.test(*mutant.tests.split())
+        finally:
+            path.write_text(text, encoding="utf-8")
+
+
+def planted(mutant: Mutant, text: str) -> str:
+    """The text of a file with the fault in it; ValueError when there is not exactly one place for it."""
+    if (count := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.file} holds {mutant.old!r} {count} times: say where {mutant.fault!r} belongs now")
+    return text.replace(mutant.old, mutant.new)
+
+
+def carry_out(mutants: list[Mutant], jobs: int, folder: Path) -> int:
+    """Print what became of each; how many were not caught."""
+    trees: SimpleQueue[Tree] = SimpleQueue()
+    for number in range(jobs):
+        trees.put(Tree(folder / str(number)))
+    wrong = 0
+
+    def run(mutant: Mutant) -> tuple[int, str, float]:
+        tree, begun = trees.get(), time.monotonic()
+        try:
+            return *tree.test_with(mutant), time.monotonic() - begun
+        finally:
+            trees.put(tree)
+
+    files = sorted({mutant.tests.partition(" ")[0] for mutant in mutants})
+    code, output = Tree(folder / "whole").test(*files)
+    if code != SURVIVED:
+        print(f"{output}\nwithout any fault these tests must pass")
+        return 1
+    print(f"the tests of {len(files)} files pass without a fault", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for mutant, (code, output, seconds) in zip(mutants, pool.map(run, mutants), strict=True):
+            said = {SURVIVED: "SURVIVED", CAUGHT: "caught"}.get(code, "NOT TESTED")
+            print(f"{said:10s} {seconds:4.0f} s  {mutant.file}: {mutant.fault}", flush=True)
+            if code != CAUGHT:
+                wrong += 1
+                print(output if code != SURVIVED else f"{'':18s} by {mutant.tests}", flush=True)
+    print(f"{len(mutants) - wrong} of {len(mutants)} caught")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only faults whose file or description holds one of these")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="at a time (default: %(default)s)")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.words or any(word in f"{m.file} {m.fault}" for word in options.words)]
+    with tempfile.TemporaryDirectory(prefix="varpi-mutants-") as folder:
+        return min(1, carry_out(chosen, options.jobs, Path(folder)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
