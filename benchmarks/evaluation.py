@@ -31,7 +31,7 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from varpi.evaluation.distances import kernel_distance, precision_recall
-from varpi.evaluation.distribution import Settings, evaluate_distribution
+from varpi.evaluation.distribution import DistributionSettings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.statistics import frechet, moments
 from varpi.networks.extractors import FeatureExtractor
@@ -74,11 +74,11 @@ def random_images(folder: Path, count: int, size: int, seed: int) -> None:
         save_png(folder / f"{i:05d}.png", (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
 
-def settings_for(options: argparse.Namespace) -> Settings:
+def settings_for(options: argparse.Namespace) -> DistributionSettings:
     """The defaults, as far as so few images allow; equal splits, since the two sides round unequal ones otherwise."""
     samples, reference = (len(image_files(folder)) for folder in (options.samples, options.reference))
     splits = max(splits for splits in range(1, 11) if samples % splits == 0)
-    return Settings(inception_score_splits=splits, kid_subset_size=min(1000, samples, reference))
+    return DistributionSettings(inception_score_splits=splits, kid_subset_size=min(1000, samples, reference))
 
 
 def ours(options: argparse.Namespace, batch_size: int, precision: str) -> dict[str, float]:

@@ -494,7 +494,7 @@ def test_encode_in_batches_of_nothing(place: Place) -> None:
 
 
 def test_what_a_run_cost(place: Place) -> None:
-    from varpi.report.run import costs
+    from varpi.report.provenance import costs
 
     place.run(*place.train("training.steps=3"))
     weights = sum(tensor.numel() for tensor in load_generator(place / "run").state_dict().values())

@@ -16,7 +16,7 @@ from varpi.data import BadImage, Dropped, open_dataset
 from varpi.data.dataset import Item
 from varpi.errors import VarpiError
 from varpi.evaluation import alignment
-from varpi.evaluation.alignment import METRICS, evaluate_alignment
+from varpi.evaluation.alignment import QUANTITIES, evaluate_alignment
 from varpi.evaluation.result import Result, differences, read_result, write_result
 from varpi.generators import LlamaGen
 from varpi.networks.convnet import SmallConvNet
@@ -133,7 +133,7 @@ def images(pair: Path) -> Any:
 def test_an_untrained_generator_is_uniform(images: Any) -> None:
     generator = LlamaGen(tiny.GENERATOR)  # its output layer is zero
     result = evaluate(generator, tiny.tokenizer(), images, prior_weight=0.5)
-    assert list(result.metrics) == list(METRICS)
+    assert list(result.metrics) == list(QUANTITIES)
     uniform = math.log(32)
     metrics = result.metrics
     assert metrics["prior_term"] == pytest.approx(uniform, abs=1e-6)
@@ -272,7 +272,7 @@ def test_the_prior_term_is_the_cross_entropy_of_training(kind: Callable[..., Any
 
 @pytest.mark.parametrize("kind", [by_class, by_text])
 def test_batch_size_changes_nothing(kind: Callable[..., Any], images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alignment, "BLOCK", 4)  # of 6 images, so that there are two blocks
+    monkeypatch.setattr(alignment, "HELD", 4)  # of 6 images, so that there are two blocks
     generator, dataset = kind(images)
     results = [
         evaluate(generator, tiny.tokenizer(), dataset, batch_size=size, context_noise=0.3, samples_per_image=3)
@@ -330,7 +330,7 @@ def test_seeds(images: Any) -> None:
 
 
 def test_each_image_has_its_own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alignment, "BLOCK", 6)
+    monkeypatch.setattr(alignment, "HELD", 6)
     extractor = Pixels()
     same = Rows([[0] * TOKENS] * 12)
     evaluate(constant(torch.zeros(CODES)), Exact(), same, extractor=extractor, batch_size=6)

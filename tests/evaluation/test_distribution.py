@@ -10,7 +10,7 @@ import torch
 from varpi.data import open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation import feature_store, frechet_distance, precision_recall
-from varpi.evaluation.distribution import METRICS, Settings, evaluate_distribution
+from varpi.evaluation.distribution import METRICS, DistributionSettings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import differences, read_result, write_result
 from varpi.evaluation.statistics import frechet, moments
@@ -21,7 +21,7 @@ from varpi.runtime.processes import World
 from varpi.samples.images import save_npz, save_png
 from varpi.samples.reading import open_samples
 
-SMALL = Settings(inception_score_splits=2, kid_subsets=5, kid_subset_size=10)
+SMALL = DistributionSettings(inception_score_splits=2, kid_subsets=5, kid_subset_size=10)
 
 
 class Toy:
@@ -279,7 +279,9 @@ def test_names_tell_the_network(files):
 
 
 def test_precision_and_recall_use_part_of_a_large_reference(files):
-    result = evaluate(files, settings=Settings(2, max_reference_for_pr=10, kid_subset_size=10), metrics=("precision",))
+    result = evaluate(
+        files, settings=DistributionSettings(2, max_reference_for_pr=10, kid_subset_size=10), metrics=("precision",)
+    )
     toy = Toy()
     made, real = (toy(torch.from_numpy(x).permute(0, 3, 1, 2))["pool"] for x in (pictures(36), pictures(30, 1, 1.0)))
     assert result.metrics == {"precision": precision_recall(real[::3], made)[0]}
@@ -301,7 +303,7 @@ def test_a_result_is_written_read_and_compared(files, tmp_path):
     save_npz(files / "fewer.npz", pictures(20))
     second = evaluate(files, samples="fewer.npz", reference="adm.npz", metrics=("fid",))
     assert differences({"a": first, "b": second}) == ["samples.count: a 36, b 20"]
-    other = evaluate(files, reference="adm.npz", metrics=("fid",), settings=Settings())
+    other = evaluate(files, reference="adm.npz", metrics=("fid",), settings=DistributionSettings())
     with pytest.raises(VarpiError, match="have another evaluator"):
         differences({"a": first, "b": other})
 
@@ -353,11 +355,11 @@ def test_metrics_that_are_refused(files):
 def test_settings_that_are_refused(files):
     for name in ("inception_score_splits", "neighbors", "max_reference_for_pr", "kid_subsets"):
         with pytest.raises(VarpiError, match=f"{name} is 0; it must be at least 1"):
-            Settings(**{name: 0})
+            DistributionSettings(**{name: 0})
     with pytest.raises(VarpiError, match="kid_subset_size is 1; it must be at least 2"):
-        Settings(kid_subset_size=1)
+        DistributionSettings(kid_subset_size=1)
     with pytest.raises(VarpiError, match="distance_dtype is 'half'"):
-        Settings(distance_dtype="half")
+        DistributionSettings(distance_dtype="half")
     with pytest.raises(VarpiError, match="batch_size is 0"):
         evaluate(files, batch_size=0)
 

@@ -7,7 +7,7 @@ from golden import GOLDEN
 
 from varpi.errors import VarpiError
 from varpi.evaluation import frechet_distance
-from varpi.evaluation.statistics import Moments, frechet, merge, moments, moments_of_parts
+from varpi.evaluation.statistics import Moments, frechet, merge_moments, moments, moments_of_parts
 
 
 def vectors(n: int, d: int = 5, seed: int = 0) -> np.ndarray:
@@ -32,7 +32,7 @@ def test_a_large_common_offset_costs_no_digits():
 
 def test_merging_by_hand():
     # {0, 2} and {5}: mean 7/3, variance (49/9 + 1/9 + 64/9) / 2 = 19/3
-    both = merge(moments(np.array([[0.0], [2.0]])), moments(np.array([[5.0]])))
+    both = merge_moments(moments(np.array([[0.0], [2.0]])), moments(np.array([[5.0]])))
     assert both.count == 3
     assert both.mean == pytest.approx([7 / 3])
     assert both.covariance == pytest.approx(np.array([[19 / 3]]))
@@ -58,6 +58,6 @@ def test_moments_that_do_not_fit_together():
     with pytest.raises(VarpiError, match="one side has 5 features and the other 4; take both from the same network"):
         frechet(moments(vectors(9)), moments(vectors(9, 4)))
     with pytest.raises(VarpiError, match="one side has 5 features and the other 4"):
-        merge(moments(vectors(9)), moments(vectors(9, 4)))
+        merge_moments(moments(vectors(9)), moments(vectors(9, 4)))
     with pytest.raises(VarpiError, match="unknown number of vectors cannot be merged"):
-        merge(Moments(None, np.zeros(2), np.eye(2)), moments(vectors(9, 2)))
+        merge_moments(Moments(None, np.zeros(2), np.eye(2)), moments(vectors(9, 2)))

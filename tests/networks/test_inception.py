@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchvision import transforms
 
 from varpi.errors import VarpiError
-from varpi.evaluation.distribution import Settings, evaluate_distribution
+from varpi.evaluation.distribution import DistributionSettings, evaluate_distribution
 from varpi.evaluation.reference import open_reference
 from varpi.networks.dinov2 import _resize_like_pillow
 from varpi.networks.inception import INCEPTION_FILE
@@ -117,7 +117,7 @@ def test_metrics_of_the_same_images_are_torch_fidelitys(inception, original, tmp
         open_reference(tmp_path / "reference"),
         extractor=inception,
         metrics=("is", "precision", "recall", "kid"),
-        settings=Settings(inception_score_splits=1, neighbors=1, kid_subsets=3, kid_subset_size=3),
+        settings=DistributionSettings(inception_score_splits=1, neighbors=1, kid_subsets=3, kid_subset_size=3),
         batch_size=4,
     )
     with torch.inference_mode():
@@ -165,7 +165,7 @@ def test_the_whole_of_torch_fidelity(weights, inception, tmp_path):
         open_reference(tmp_path / "reference"),
         extractor=inception,
         metrics=("fid", "is", "precision", "recall", "kid"),
-        settings=Settings(inception_score_splits=3, neighbors=2, kid_subsets=4, kid_subset_size=8),
+        settings=DistributionSettings(inception_score_splits=3, neighbors=2, kid_subsets=4, kid_subset_size=8),
         batch_size=5,
     )
     assert result is not None

@@ -10,8 +10,8 @@ from varpi.report import (
     ClassChanges,
     Embeddings,
     NamedResult,
+    Page,
     Reconstruction,
-    RunReport,
     SampleGrid,
     ScoredImages,
     TableRow,
@@ -59,7 +59,7 @@ def result(
     return Result(kind=kind, metrics=metrics, **{**whole, **fields})
 
 
-def full_report() -> RunReport:
+def full_report() -> Page:
     """A page with every part on it, large images included."""
     seeds = [result({"fid": 14.0 + seed, "precision": 0.6}, seed=seed) for seed in (0, 1)]
     tuned = result({"fid": 9.5, "precision": 0.7}, model="tuned.pt", guidance_scale=1.75, warnings=["5,000 samples"])
@@ -67,7 +67,7 @@ def full_report() -> RunReport:
     many = [result({**geneval, "color_attr": 0.05}, kind="geneval", model=model) for model in ("base.pt", "tuned.pt")]
     classes = {f"class {i}": (0.5, 0.5 + (i - 12) / 50) for i in range(30)}
     prompts = ["a red bicycle", "two cats"]
-    return RunReport(
+    return Page(
         title="Everything",
         paragraph="All parts.",
         command="varpi report runs/xxl",

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from varpi.errors import VarpiError
-from varpi.report import ClassChanges, RunReport, render
+from varpi.report import ClassChanges, Page, render
 from varpi.report.tables import class_changes, number
 
 
@@ -41,7 +41,7 @@ def test_of_many_classes_the_most_changed_are_shown_from_both_ends():
 
 
 def test_bars_start_at_the_zero_line():
-    page = render(RunReport("t", "p", "c", per_class=[ClassChanges("recall", {"a": (0.5, 0.7), "b": (0.5, 0.4)})]))
+    page = render(Page("t", "p", "c", per_class=[ClassChanges("recall", {"a": (0.5, 0.7), "b": (0.5, 0.4)})]))
     assert page.count('<svg viewBox="-50.0 0 150.0 12"') == 2
     bars = re.findall(r'<rect class="(\w+)" x="([-.\d]+)" y="2" width="([.\d]+)"', page)
     assert bars == [("gain", "0.0", "100.0"), ("loss", "-50.0", "50.0")]

@@ -7,18 +7,19 @@ import pytest
 from report_parts import EVIL, result
 
 from varpi.errors import VarpiError
-from varpi.report import METRICS, NamedResult, RunReport, render
+from varpi.report import NamedResult, Page, render
+from varpi.report.columns import COLUMNS
 from varpi.report.results import tables_of_results
-from varpi.report.tables import Table
+from varpi.report.tables import ResultTable
 
 FID = {"fid": 10.0, "precision": 0.6}
 
 
-def values(table: Table) -> list[list[tuple[str, str, str, bool] | None]]:
+def values(table: ResultTable) -> list[list[tuple[str, str, str, bool] | None]]:
     return [[None if cell is None else tuple(cell) for cell in row["cells"]] for row in table.rows]
 
 
-def tables(*named: NamedResult) -> list[Table]:
+def tables(*named: NamedResult) -> list[ResultTable]:
     return tables_of_results(named)
 
 
@@ -49,19 +50,19 @@ def test_the_best_lies_on_the_metrics_better_side(metric, numbers, best):
 
 def test_metrics_have_a_label_a_side_and_a_sentence():
     for name in ("fid", "sfid", "kid", "fd_dinov2", "clip_score", "hps_v2.1", "hps_v2.0", "overall", "color_attr"):
-        assert METRICS[name].better == ("higher" if name[0] in "coh" else "lower")
-    assert [name for name, metric in METRICS.items() if metric.better == "nearer 0"] == [
+        assert COLUMNS[name].better == ("higher" if name[0] in "coh" else "lower")
+    assert [name for name, metric in COLUMNS.items() if metric.better == "nearer 0"] == [
         "entropy_gap",
         "log_likelihood_gap",
     ]
-    assert len({metric.label for metric in METRICS.values()}) == len(METRICS)
-    assert all(metric.meaning.endswith(".") for metric in METRICS.values())
+    assert len({metric.label for metric in COLUMNS.values()}) == len(COLUMNS)
+    assert all(metric.meaning.endswith(".") for metric in COLUMNS.values())
 
 
 def test_the_evaluators_metrics_are_all_known():
     from varpi.evaluation import alignment
 
-    assert set(alignment.METRICS) <= set(METRICS)
+    assert set(alignment.QUANTITIES) <= set(COLUMNS)
 
 
 def test_what_the_numbers_depend_on():
@@ -92,7 +93,7 @@ def test_rows_that_differ_in_more_than_the_model_say_so():
             ["guidance scale: “Base” 1.0, “Tuned” 2.0", "seed: “Base” [0, 1], “Tuned” [0]"],
         )
     ]
-    page = render(RunReport("t", "p", "c", results=rows))
+    page = render(Page("t", "p", "c", results=rows))
     assert "<p>These rows differ in more than the model:</p>" in page
     assert "<li>guidance scale: “Base” 1.0, “Tuned” 2.0</li>" in page
 
@@ -145,7 +146,7 @@ def test_standard_errors_over_images_stand_beside_their_metric():
     (table,) = tables(NamedResult("Base", [result(text, kind="text")]))
     assert values(table) == [[("0.271", "", "0.002", False)]]
     alignment = result({"entropy_gap": -0.31}, kind="alignment", details={"standard_errors": {"entropy_gap": 0.024}})
-    page = render(RunReport("t", "p", "c", results=[NamedResult("Base", [alignment])]))
+    page = render(Page("t", "p", "c", results=[NamedResult("Base", [alignment])]))
     assert '<td>−0.31 <span class="std">s.e. 0.02</span></td>' in page
     assert "s.e. is the standard error over images" in page
     assert "nearer 0 is better" in page
@@ -161,7 +162,7 @@ def test_results_are_escaped():
         kind=EVIL,
     )
     other = replace(evil, samples={"sha256": "0", EVIL: EVIL})
-    page = render(RunReport("t", "p", "c", results=[NamedResult(EVIL, [evil], EVIL), NamedResult("b", [other])]))
+    page = render(Page("t", "p", "c", results=[NamedResult(EVIL, [evil], EVIL), NamedResult("b", [other])]))
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)") >= 10
 

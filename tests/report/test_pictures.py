@@ -10,7 +10,7 @@ from report_parts import pictures
 
 from varpi.errors import VarpiError
 from varpi.report import Reconstruction, SampleGrid, ScoredImages
-from varpi.report.pictures import extremes, sample_grid, strips
+from varpi.report.pictures import extremes, grid, strips
 
 
 def opened(uri: str) -> Image.Image:
@@ -25,7 +25,7 @@ def photographs(n: int, side: int) -> np.ndarray:
 
 
 def test_large_images_become_one_webp_no_wider_than_a_page_shows():
-    uri = sample_grid(SampleGrid("Base", photographs(40, 384), list(range(10)) * 4))["image"]
+    uri = grid(SampleGrid("Base", photographs(40, 384), list(range(10)) * 4))["image"]
     assert uri.startswith("data:image/webp;base64,")
     picture = opened(uri)
     assert picture.size == (10 * 160 + 9 * 10, 4 * 160 + 3 * 10)
@@ -41,7 +41,7 @@ def test_a_shrunk_image_looks_like_the_image():
 
 
 def test_images_that_are_not_square_keep_their_shape():
-    picture = opened(sample_grid(SampleGrid("Base", photographs(1, 800)[:, :400], [0]))["image"])
+    picture = opened(grid(SampleGrid("Base", photographs(1, 800)[:, :400], [0]))["image"])
     assert picture.size == (384, 192)
 
 

@@ -15,20 +15,20 @@ from varpi.errors import VarpiError
 from varpi.report import (
     ClassChanges,
     Embeddings,
+    Page,
     Reconstruction,
-    RunReport,
     SampleGrid,
     ScoredImages,
     TableRow,
-    mean_and_std,
     render,
-    write,
+    write_page,
 )
+from varpi.report.tables import mean_and_std
 
 
 @pytest.fixture(scope="module")
-def report() -> RunReport:
-    return RunReport(
+def report() -> Page:
+    return Page(
         title="Digits, post-trained",
         paragraph="What was done.",
         command="varpi demo --out runs/demo",
@@ -180,7 +180,7 @@ def test_data_is_escaped(report):
 
 
 def test_empty_parts_are_left_out():
-    page = render(RunReport("Title", "Paragraph.", "varpi demo"))
+    page = render(Page("Title", "Paragraph.", "varpi demo"))
     assert "<h2>" not in page
     assert "<h1>Title</h1>" in page
 
@@ -228,11 +228,11 @@ def test_same_report_gives_the_same_page(report, page):
 
 
 def test_write(report, page, tmp_path):
-    write(tmp_path / "runs" / "report.html", report)
+    write_page(tmp_path / "runs" / "report.html", report)
     assert (tmp_path / "runs" / "report.html").read_text(encoding="utf-8") == page
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["report.html"]
     with pytest.raises(VarpiError, match=r"report\.html/again\.html: could not be written"):
-        write(tmp_path / "runs" / "report.html" / "again.html", report)
+        write_page(tmp_path / "runs" / "report.html" / "again.html", report)
 
 
 @pytest.mark.parametrize(

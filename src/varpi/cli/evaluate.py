@@ -118,12 +118,12 @@ def run(options: argparse.Namespace) -> None:
 def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     """Distances of a set of images to a reference; on the digits also what the judge sees."""
     from varpi.evaluation.digits import AGREEMENT, class_agreement, digits_asked
-    from varpi.evaluation.distribution import Settings, check_distribution, evaluate_distribution
+    from varpi.evaluation.distribution import DistributionSettings, check_distribution, evaluate_distribution
     from varpi.evaluation.reference import open_reference
     from varpi.networks.loading import load_extractor
     from varpi.samples.reading import Announced, open_samples
 
-    settings = Settings(
+    settings = DistributionSettings(
         inception_score_splits=options.splits,
         neighbors=options.neighbors,
         kid_subsets=options.kid_subsets,
@@ -182,7 +182,7 @@ def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> An
 
 def _text(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     """How well images fit their prompts. The processes share the sampling of a run; the main one measures."""
-    from varpi.evaluation.text_scores import METRICS, evaluate_text, load_scorers
+    from varpi.evaluation.text_scores import SCORES, evaluate_text, load_scorers
     from varpi.networks.clip import CLIP_B32
 
     source, wanted = _find_samples(options)
@@ -191,7 +191,7 @@ def _text(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     scorers = None
     if world.is_main:
         scorers = load_scorers(
-            _metrics(options) or METRICS,
+            _metrics(options) or SCORES,
             clip_source=options.clip or CLIP_B32,
             hps_weights=options.hps_weights,
             hps_version=options.hps_version,
@@ -204,7 +204,7 @@ def _text(options: argparse.Namespace, world: Any, progress: bool) -> Any:
         return None
     return evaluate_text(
         source,
-        metrics=_metrics(options) or METRICS,
+        metrics=_metrics(options) or SCORES,
         scorers=scorers,
         batch_size=options.batch_size,
         progress=progress,

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         page = report_run(Path(options.run_directory), per_condition=options.samples, device=device)
     else:
         from varpi.networks.loading import load_extractor
-        from varpi.report.compare import read_named, report_comparison
+        from varpi.report.comparison import read_named, report_comparison
 
         if options.output is None:
             raise VarpiError("--output is missing: the page to write")

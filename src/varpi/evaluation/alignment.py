@@ -37,9 +37,9 @@ from varpi.sampling.settings import Sampling
 from varpi.tokenizers import Tokenizer
 from varpi.weights import check_pair
 
-BLOCK = 64
+HELD = 64
 """Images that are generated together, and so the most that are held at once."""
-METRICS = (
+QUANTITIES = (
     "reconstruction_reward",
     "prior_term",
     "lower_bound",
@@ -81,7 +81,7 @@ def evaluate_alignment(
     prior_weight: β >= 0 of the lower bound.
     sampling: how the free-running samples are made. All draws belong to its seed (0 unless given) and to an image's
         place among the measured ones.
-    batch_size: images in one pass, which bounds the memory; above `BLOCK` it is `BLOCK`. Changes numbers by rounding
+    batch_size: images in one pass, which bounds the memory; above `HELD` it is `HELD`. Changes numbers by rounding
         only.
     progress: show a bar on stderr.
 
@@ -164,7 +164,7 @@ def evaluate_alignment(
     size = generator.grid * tokenizer.downsample
     return Result(
         kind="alignment",
-        metrics={name: values.pop(name) for name in METRICS},
+        metrics={name: values.pop(name) for name in QUANTITIES},
         samples={"count": place, "image_size": size, "sha256": free_tokens.hexdigest()},
         sampling=asdict(sampling),
         reference={"count": place, "image_size": size, "sha256": reference.hexdigest()},
@@ -193,7 +193,7 @@ class _Items:
     last: str = ""
 
     def blocks(self) -> Iterator[list[Item]]:
-        """At most `most` items, `BLOCK` at a time, in an order that mixes data sorted by class."""
+        """At most `most` items, `HELD` at a time, in an order that mixes data sorted by class."""
         block: list[Item] = []
         left = len(self.dataset) if self.most is None else self.most
         for index in permutation(0, Stream.ALIGNMENT_ORDER, 0, len(self.dataset)):
@@ -208,7 +208,7 @@ class _Items:
                 self.dropped, self.last = self.dropped + 1, str(error)
                 continue
             left -= 1
-            if len(block) == BLOCK:
+            if len(block) == HELD:
                 yield block
                 block = []
         if block:

@@ -42,7 +42,7 @@ class Processes(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class DistributionSettings:
     """What moves a number besides the images and the network; the same for two evaluations that are compared."""
 
     inception_score_splits: int = 10
@@ -72,7 +72,7 @@ def evaluate_distribution(
     *,
     extractor: FeatureExtractor,
     metrics: Collection[str] | None = None,
-    settings: Settings | None = None,
+    settings: DistributionSettings | None = None,
     batch_size: int = 64,
     workers: int = 0,
     cache: Path | None = None,
@@ -110,7 +110,7 @@ def evaluate_distribution(
             and reference of different sizes; images that cannot be read or that change meanwhile; features that are not
             finite.
     """
-    settings = settings or Settings()
+    settings = settings or DistributionSettings()
     if batch_size < 1:
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     rank, size = (world.rank, world.size) if world is not None else (0, 1)
@@ -136,13 +136,13 @@ def check_distribution(
     *,
     extractor: FeatureExtractor,
     metrics: Collection[str] | None = None,
-    settings: Settings | None = None,
+    settings: DistributionSettings | None = None,
 ) -> None:
     """Raise what `evaluate_distribution` would raise of these arguments, without looking at an image.
 
     samples: perhaps `Announced`.
     """
-    _Job(samples, reference, extractor, settings or Settings()).choose(metrics)
+    _Job(samples, reference, extractor, settings or DistributionSettings()).choose(metrics)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _Job:
     samples: SampleSet
     reference: Reference | None
     extractor: FeatureExtractor
-    settings: Settings
+    settings: DistributionSettings
 
     @property
     def stored(self) -> Mapping[str, Moments]:

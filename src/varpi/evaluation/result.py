@@ -13,8 +13,8 @@ import varpi
 from varpi.errors import VarpiError
 from varpi.runtime.files import write_text
 
-FORMAT = 1
-MARKER = f'{{\n  "format": {FORMAT},\n  "kind": "'.encode()
+RESULT_FORMAT = 1
+MARKER = f'{{\n  "format": {RESULT_FORMAT},\n  "kind": "'.encode()
 """How the file of a result begins."""
 
 
@@ -45,15 +45,17 @@ def write_result(path: Path, result: Result) -> None:
         if not math.isfinite(value):
             raise VarpiError(f"{path}: {name} is {value}; a result holds finite numbers only")
     software = {"varpi": varpi.__version__, "torch": torch.__version__}
-    write_text(path, json.dumps({"format": FORMAT, **asdict(result), "software": software}, indent=2) + "\n")
+    write_text(path, json.dumps({"format": RESULT_FORMAT, **asdict(result), "software": software}, indent=2) + "\n")
 
 
 def read_result(path: Path) -> Result:
     """A result that `write_result` wrote. Raises VarpiError for anything else."""
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise VarpiError(f"{path}: has format {content['format']}; this varpi reads format {FORMAT}: update varpi")
+        if content["format"] != RESULT_FORMAT:
+            raise VarpiError(
+                f"{path}: has format {content['format']}; this varpi reads format {RESULT_FORMAT}: update varpi"
+            )
         return Result(**{name: content[name] for name in Result.__dataclass_fields__})
     except VarpiError:
         raise

@@ -36,7 +36,7 @@ def moments(features: np.ndarray) -> Moments:
     return Moments(len(values), mean, values.T @ values / max(len(values) - 1, 1))
 
 
-def merge(a: Moments, b: Moments) -> Moments:
+def merge_moments(a: Moments, b: Moments) -> Moments:
     """The moments of two sets together (Chan, Golub and LeVeque 1979), without the cancellation of sums of squares.
 
     Raises VarpiError for unknown counts or different widths.
@@ -53,7 +53,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 def moments_of_parts(parts: Iterable[np.ndarray]) -> Moments:
     """The moments of vectors that come in parts (n,D), at least one, of which only one is held at a time."""
-    return reduce(merge, map(moments, parts))
+    return reduce(merge_moments, map(moments, parts))
 
 
 def frechet(a: Moments, b: Moments) -> float:

@@ -22,11 +22,11 @@ from varpi.errors import VarpiError
 from varpi.evaluation.geneval import digest_of, prompt_folders, sampling_settings
 from varpi.evaluation.result import Result
 from varpi.networks.clip import CLIP_B32, ClipScorer
-from varpi.networks.foreign import Architecture
+from varpi.networks.foreign import ClipArchitecture
 from varpi.networks.hps import HpsScorer
 from varpi.samples.reading import SampleSet, contents_sha256, image_files, open_samples
 
-METRICS = ("clip", "hps")
+SCORES = ("clip", "hps")
 
 
 Scorer = ClipScorer | HpsScorer
@@ -55,7 +55,7 @@ def hps_scores(
     version: str = "v2.1",
     device: torch.device | str = "cpu",
     batch_size: int = 32,
-    architecture: Architecture = "ViT-H-14",
+    architecture: ClipArchitecture = "ViT-H-14",
 ) -> np.ndarray:
     """The HPS of each image, uint8 (N,H,W,3), with its prompt: float32 (N,). See `HpsScorer`.
 
@@ -69,11 +69,11 @@ def evaluate_text(
     source: str | Path,
     prompts: Sequence[str] | None = None,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = SCORES,
     clip_source: str | Path = CLIP_B32,
     hps_weights: str | Path | None = None,
     hps_version: str = "v2.1",
-    hps_architecture: Architecture = "ViT-H-14",
+    hps_architecture: ClipArchitecture = "ViT-H-14",
     scorers: Sequence[Scorer] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 32,
@@ -136,12 +136,12 @@ def evaluate_text(
 
 
 def load_scorers(
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = SCORES,
     *,
     clip_source: str | Path = CLIP_B32,
     hps_weights: str | Path | None = None,
     hps_version: str = "v2.1",
-    hps_architecture: Architecture = "ViT-H-14",
+    hps_architecture: ClipArchitecture = "ViT-H-14",
     device: torch.device | str = "cpu",
 ) -> list[Scorer]:
     """What computes `metrics`: "clip" (metric clip_score), "hps" (metric hps_v2.1 or hps_v2.0, by `hps_version`).
@@ -158,10 +158,10 @@ def load_scorers(
 
 
 def _check_metrics(metrics: Sequence[str]) -> None:
-    if unknown := [metric for metric in metrics if metric not in METRICS]:
-        raise VarpiError(f"there is no text metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+    if unknown := [metric for metric in metrics if metric not in SCORES]:
+        raise VarpiError(f"there is no text metric {unknown[0]!r}; there are {', '.join(SCORES)}")
     if not metrics:
-        raise VarpiError(f"no text metric was asked for; there are {', '.join(METRICS)}")
+        raise VarpiError(f"no text metric was asked for; there are {', '.join(SCORES)}")
 
 
 def _score_set(

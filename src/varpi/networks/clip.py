@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from varpi.data.prompts import GENEVAL_COLORS
 from varpi.errors import VarpiError
-from varpi.networks.foreign import Architecture, architecture_name, load_open_clip, load_transformers
+from varpi.networks.foreign import ClipArchitecture, architecture_name, load_open_clip, load_transformers
 from varpi.runtime.files import line
 
 CLIP_B32 = "openai/clip-vit-base-patch32"
@@ -83,7 +83,7 @@ class ClipColorist:
         source: str | Path = CLIP_L14,
         *,
         device: torch.device | str = "cpu",
-        architecture: Architecture = "ViT-L-14-quickgelu",
+        architecture: ClipArchitecture = "ViT-L-14-quickgelu",
     ):
         self._model, digest = load_open_clip(architecture, source, "GenEval's colours")
         import open_clip

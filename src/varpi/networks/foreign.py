@@ -11,7 +11,7 @@ from varpi.errors import VarpiError
 from varpi.runtime.files import line
 from varpi.runtime.tensors import few, fill, find, read_checkpoint, sha256_of
 
-Architecture = str | Mapping[str, Any]
+ClipArchitecture = str | Mapping[str, Any]
 """A name that open_clip knows, or such a configuration (embed_dim, vision_cfg, text_cfg)."""
 
 
@@ -51,7 +51,7 @@ def load_transformers(name: str, source: str | Path, what: str) -> tuple[Any, Pa
     return model.eval().requires_grad_(False), folder, sha256_of(weights)
 
 
-def load_open_clip(architecture: Architecture, source: str | Path, what: str) -> tuple[Any, str]:
+def load_open_clip(architecture: ClipArchitecture, source: str | Path, what: str) -> tuple[Any, str]:
     """A CLIP of open_clip, frozen, float32, with the weights of a file, and their SHA-256.
 
     source, what: as for `load_transformers`. Raises VarpiError when the weights are not there or do not fit exactly.
@@ -70,7 +70,7 @@ def load_open_clip(architecture: Architecture, source: str | Path, what: str) ->
     return model.eval().requires_grad_(False), sha256_of(weights)
 
 
-def architecture_name(architecture: Architecture) -> str:
+def architecture_name(architecture: ClipArchitecture) -> str:
     """What to call an architecture of open_clip in messages and results."""
     return architecture if isinstance(architecture, str) else "a configuration of open_clip"
 

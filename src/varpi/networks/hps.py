@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varpi.errors import VarpiError
-from varpi.networks.foreign import Architecture, architecture_name, load_open_clip
+from varpi.networks.foreign import ClipArchitecture, architecture_name, load_open_clip
 
 HPS_REPOSITORY = "xswu/HPSv2"
 HPS_FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
@@ -32,7 +32,7 @@ class HpsScorer:
         *,
         version: str = "v2.1",
         device: torch.device | str = "cpu",
-        architecture: Architecture = "ViT-H-14",
+        architecture: ClipArchitecture = "ViT-H-14",
     ) -> None:
         if version not in HPS_FILES:
             raise VarpiError(f"there is no HPS {version!r}; there are {', '.join(HPS_FILES)}")

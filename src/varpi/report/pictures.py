@@ -58,23 +58,23 @@ class ScoredImages(NamedTuple):
     """How many of the worst, and of the best."""
 
 
-def sample_grid(grid: SampleGrid) -> dict[str, Any]:
+def grid(samples: SampleGrid) -> dict[str, Any]:
     """What the page needs to show a grid: of equally many of each class or prompt, a column for each."""
-    images = _checked(grid.images, f"the samples of {grid.caption}")
-    asked = np.asarray(grid.asked)
+    images = _checked(samples.images, f"the samples of {samples.caption}")
+    asked = np.asarray(samples.asked)
     if asked.shape != (len(images),):
-        raise VarpiError(f"report: the samples of {grid.caption}: {len(images)} images, {len(asked)} conditions")
+        raise VarpiError(f"report: the samples of {samples.caption}: {len(images)} images, {len(asked)} conditions")
     kinds, counts = np.unique(asked, return_counts=True)
-    alt = f"{grid.caption}: {len(images)} generated images"
+    alt = f"{samples.caption}: {len(images)} generated images"
     if not (1 < len(kinds) <= 12 and (counts == counts[0]).all()):
         image = _mosaic(images, math.ceil(math.sqrt(len(images))))
-        return {"caption": grid.caption, "alt": alt, "image": image, "heads": [], "prompts": []}
+        return {"caption": samples.caption, "alt": alt, "image": image, "heads": [], "prompts": []}
     order = np.argsort(asked, kind="stable").reshape(len(kinds), -1).T.reshape(-1)
     prompts = kinds.tolist() if kinds.dtype.kind == "U" else []
     heads = list(range(1, len(kinds) + 1)) if prompts else kinds.tolist()
     alt += f", one {'prompt' if prompts else 'class'} a column: {', '.join(map(str, kinds))}"
     image = _mosaic(images[order], len(kinds))
-    return {"caption": grid.caption, "alt": alt, "image": image, "heads": heads, "prompts": prompts}
+    return {"caption": samples.caption, "alt": alt, "image": image, "heads": heads, "prompts": prompts}
 
 
 def strips(reconstructions: Sequence[Reconstruction]) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from varpi.errors import VarpiError
 from varpi.evaluation.result import Result, differences
-from varpi.report.metrics import STANDARD_ERROR
-from varpi.report.tables import Table, TableRow, table
+from varpi.report.columns import STANDARD_ERROR
+from varpi.report.tables import ResultTable, TableRow, table
 
 KINDS = {
     "distribution": "Images as a whole",
@@ -37,7 +37,7 @@ class NamedResult(NamedTuple):
     note: str = ""
 
 
-def tables_of_results(named: Sequence[NamedResult]) -> list[Table]:
+def tables_of_results(named: Sequence[NamedResult]) -> list[ResultTable]:
     """Results of several models as tables, one for each kind of evaluation, with the settings behind the numbers.
 
     Raises VarpiError for results that cannot be compared (`evaluation.result.differences`), for the same samples
@@ -76,7 +76,7 @@ def _kind(group: Mapping[str, Sequence[Result]]) -> str:
     return next(iter(group.values()))[0].kind
 
 
-def _table_of_group(named: Sequence[NamedResult], group: Mapping[str, Sequence[Result]]) -> Table:
+def _table_of_group(named: Sequence[NamedResult], group: Mapping[str, Sequence[Result]]) -> ResultTable:
     notes: list[tuple[str, list[str]]] = []
     rows, errors = [], {}
     for entry in named:

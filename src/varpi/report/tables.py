@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varpi.errors import VarpiError
-from varpi.report.metrics import METRICS, Metric
+from varpi.report.columns import COLUMNS, Column
 
 
 class TableRow(NamedTuple):
-    """One line of the results: {metric: [mean, std]}, or {metric: number} without a spread, with the keys of `METRICS`,
+    """One line of the results: {metric: [mean, std]}, or {metric: number} without a spread, with the keys of `COLUMNS`,
     and a note on how it was made."""
 
     name: str
@@ -20,7 +20,7 @@ class TableRow(NamedTuple):
 
 
 class ClassChanges(NamedTuple):
-    """A metric by class, before and after: {class: (before, after)}. metric: a key of `METRICS`, not one nearest 0."""
+    """A metric by class, before and after: {class: (before, after)}. metric: a key of `COLUMNS`, not one nearest 0."""
 
     metric: str
     classes: Mapping[str, tuple[float, float]]
@@ -37,11 +37,11 @@ class Cell(NamedTuple):
     best: bool
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """One table and what stands under it."""
 
     title: str
-    columns: list[Metric]
+    columns: list[Column]
     rows: list[dict[str, Any]]
     spread: bool
     """Whether some number has a spread over seeds."""
@@ -61,8 +61,8 @@ def table(
     errors: Mapping[str, Mapping[str, float]] | None = None,
     notes: Sequence[tuple[str, Sequence[str]]] = (),
     settings: Sequence[tuple[str, str]] = (),
-) -> Table:
-    """Rows under the columns that they need, in the order of `METRICS`.
+) -> ResultTable:
+    """Rows under the columns that they need, in the order of `COLUMNS`.
 
     errors: standard errors over images of numbers without a spread, {row: {metric: error}}.
 
@@ -71,7 +71,7 @@ def table(
     for row in rows:
         for name, value in row.metrics.items():
             _check(row.name, name, value)
-    names = [name for name in METRICS if any(name in row.metrics for row in rows)]
+    names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
     best = {
         name: _best(name, [_mean_and_spread(row.metrics[name])[0] for row in rows if name in row.metrics])
         for name in names
@@ -93,9 +93,9 @@ def table(
 
     cells = [{"name": row.name, "note": row.note, "cells": [cell(row, name) for name in names]} for row in rows]
     shown = [cell for row in cells for cell in row["cells"] if cell is not None]
-    return Table(
+    return ResultTable(
         title,
-        [METRICS[name] for name in names],
+        [COLUMNS[name] for name in names],
         cells,
         spread=any(cell.std for cell in shown),
         single=any(not cell.std for cell in shown),
@@ -106,8 +106,8 @@ def table(
 
 
 def _check(row: str, name: str, value: Sequence[float] | float) -> None:
-    if name not in METRICS:
-        raise VarpiError(f"report: {row} has an unknown metric {name}; known are {', '.join(METRICS)}")
+    if name not in COLUMNS:
+        raise VarpiError(f"report: {row} has an unknown metric {name}; known are {', '.join(COLUMNS)}")
     try:
         finite = all(math.isfinite(part) for part in _mean_and_spread(value) if part is not None)
     except ValueError:
@@ -130,7 +130,7 @@ def _best(name: str, means: Sequence[float]) -> float | None:
     """The best of several; a single number is the best of nothing."""
     if len(means) < 2:
         return None
-    better = METRICS[name].better
+    better = COLUMNS[name].better
     if better == "nearer 0":
         return min(means, key=abs)
     return min(means) if better == "lower" else max(means)
@@ -142,9 +142,9 @@ def class_changes(changes: ClassChanges) -> dict[str, Any]:
     Up to 2 x `most` classes stand in one list. Raises VarpiError for an unknown metric, one without a better side, no
     class, or a value that is not finite.
     """
-    metric = METRICS.get(changes.metric)
+    metric = COLUMNS.get(changes.metric)
     if metric is None or metric.better == "nearer 0":
-        known = ", ".join(name for name, metric in METRICS.items() if metric.better != "nearer 0")
+        known = ", ".join(name for name, metric in COLUMNS.items() if metric.better != "nearer 0")
         raise VarpiError(f"report: there are no changes by class of {changes.metric}; known are {known}")
     if not changes.classes or changes.most < 1:
         raise VarpiError(f"report: the changes of {changes.metric} by class need a class, and `most` of at least 1")

@@ -19,8 +19,9 @@ from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
 from varpi.networks.digits import embed, load_judge
 from varpi.recipe import load_recipe
-from varpi.report import RunReport, TableRow, write
-from varpi.report.run import costs, decode, environment, reconstructions, sample_grid
+from varpi.report import Page, TableRow, write_page
+from varpi.report.examples import decode_in_parts, draw_samples, reconstructions
+from varpi.report.provenance import costs, environment
 from varpi.sampling.generate import generate
 from varpi.training import read_metrics, train
 from varpi.weights import load_generator, load_tokenizer
@@ -86,13 +87,13 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     classes = torch.arange(10).repeat(5)
-    page = RunReport(
+    page = Page(
         title="VA-π on the embedded digits",
         paragraph=_paragraph(samples, seeds, len(bench.test), training),
         command=_command(steps, samples, seeds),
         table=[TableRow(labels[name][0], results[name], labels[name][1]) for name in labels],
         samples=[
-            sample_grid(labels[name][0], model, bench.tokenizer, classes, FIRST_SEED) for name, model in models.items()
+            draw_samples(labels[name][0], model, bench.tokenizer, classes, FIRST_SEED) for name, model in models.items()
         ],
         reconstructions=reconstructions(base, models["tuned"], bench.tokenizer, bench.test, range(0, 800, 81)),
         curves={"VA-π": read_metrics(output / "tuned"), "Cross-entropy alone": read_metrics(output / "control")},
@@ -100,7 +101,7 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
         recipe=recipes["tuned"].to_yaml(),
         costs={"VA-π": costs(output / "tuned"), "Cross-entropy alone": costs(output / "control")},
     )
-    write(output / "report.html", page)
+    write_page(output / "report.html", page)
     _say(_table(labels, results))
     return output / "report.html"
 
@@ -131,7 +132,7 @@ class Bench:
         self, generator: Any, classes: torch.Tensor, seed: int, reference: Any, sampling: dict[str, Any]
     ) -> dict[str, float]:
         tokens = generate(generator, classes, seed=seed, batch_size=200, **sampling)
-        return measure(decode(self.tokenizer, tokens), classes, self.judge, reference)
+        return measure(decode_in_parts(self.tokenizer, tokens), classes, self.judge, reference)
 
     def _features(self, dataset: Dataset) -> Any:
         return embed(self.judge, torch.stack([dataset[i].image for i in range(len(dataset))]))[0]

@@ -10,12 +10,16 @@ import torch
 from varpi.errors import VarpiError
 from varpi.evaluation import Result, open_reference, read_result
 from varpi.networks.extractors import FeatureExtractor
-from varpi.report import ClassChanges, Embeddings, NamedResult, RunReport, SampleGrid, ScoredImages, write
-from varpi.report.run import costs, environment
+from varpi.report.embeddings import Embeddings
+from varpi.report.page import Page, write_page
+from varpi.report.pictures import SampleGrid, ScoredImages
+from varpi.report.provenance import costs, environment
+from varpi.report.results import NamedResult
+from varpi.report.tables import ClassChanges
 from varpi.samples.reading import SampleSet, open_samples
 from varpi.training import read_metrics
 
-GRID = 40
+SHOWN = 40
 """Images of each model that the page shows side by side."""
 PER_IMAGE = ("clip_score", "hps_v2.1", "hps_v2.0")
 
@@ -50,7 +54,7 @@ def report_comparison(
     results = {name: [read_result(path) for path in paths] for name, paths in named.items()}
     first = {name: found[0] for name, found in results.items()}
     runs = runs or {}
-    page = RunReport(
+    page = Page(
         title=" against ".join(results),
         paragraph="What was measured, on which samples, against what and by what stands below each table. Samples "
         "stand side by side in the order in which they were made.",
@@ -64,7 +68,7 @@ def report_comparison(
         costs={name: costs(run) for name, run in runs.items()},
         environment=environment(),
     )
-    write(output, page)
+    write_page(output, page)
     return output
 
 
@@ -84,7 +88,7 @@ def _grids(results: Mapping[str, Result]) -> list[SampleGrid]:
     for name, result in results.items():
         if (samples := _samples(result)) is None:
             continue
-        images = _first(samples, GRID).permute(0, 2, 3, 1).numpy()
+        images = _first(samples, SHOWN).permute(0, 2, 3, 1).numpy()
         grids.append(SampleGrid(name, images, _asked(samples)[: len(images)] or list(range(len(images)))))
     return grids
 

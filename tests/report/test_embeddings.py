@@ -8,9 +8,9 @@ import pytest
 from report_parts import EVIL, vectors
 
 from varpi.errors import VarpiError
-from varpi.report import figures
+from varpi.report import embeddings
 from varpi.report.drawing import DASHES, MARKS, SERIES, legend
-from varpi.report.figures import embedding_density, embedding_map, kernel_density
+from varpi.report.embeddings import embedding_density, embedding_map, kernel_density
 
 
 def coordinates(svg: str) -> np.ndarray:
@@ -32,15 +32,15 @@ def test_density_equals_scipys():
 def test_contours_enclose_their_share():
     x = np.linspace(-4, 4, 160)
     density = np.exp(-(x[:, None] ** 2 + x**2) / 2)
-    heights = figures._levels(density)
+    heights = embeddings._levels(density)
     assert heights == sorted(heights)
     # of a round Gaussian, the circle of height h (of 1 at the top) holds the share 1 - h
-    np.testing.assert_allclose(heights, [1 - share for share in reversed(figures.ENCLOSED)], atol=0.01)
+    np.testing.assert_allclose(heights, [1 - share for share in reversed(embeddings.ENCLOSED)], atol=0.01)
 
 
 def test_principal_axes_are_those_of_the_largest_variance():
     values = np.random.default_rng(0).normal(size=(4000, 3)) * (1.0, 5.0, 2.0)
-    axes, shares = figures._principal_axes(values, 2)
+    axes, shares = embeddings._principal_axes(values, 2)
     np.testing.assert_allclose(axes, [[0, 0], [1, 0], [0, 1]], atol=0.05)
     np.testing.assert_allclose(shares, [25 / 30, 4 / 30], atol=0.02)
 
@@ -52,7 +52,7 @@ def test_the_plane_is_that_of_the_real_images():
     moved = real + 50.0 * (np.arange(8) == 7)
     marks = coordinates(embedding_density({"real": real, "base": moved}).svg)
     np.testing.assert_allclose(marks[0], marks[1], atol=1e-3)
-    moved = real + 2.0 * figures._principal_axes(real, 1)[0][:, 0]
+    moved = real + 2.0 * embeddings._principal_axes(real, 1)[0][:, 0]
     marks = coordinates(embedding_density({"real": real, "base": moved}).svg)
     assert marks[1, 0] > marks[0, 0] + 10
     assert marks[1, 1] == pytest.approx(marks[0, 1], abs=1e-3)

@@ -5,6 +5,7 @@ Fig. 1b and 1c of arXiv 2512.19680 are of these two kinds.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +20,13 @@ ENCLOSED = (0.3, 0.6, 0.9)
 LAYERS = 8
 SIZE = (4.6, 3.6)
 AXES = (0.09, 0.11, 0.89, 0.87)
+
+
+class Embeddings(NamedTuple):
+    """Features of sets of images: {name: (N,D)}, two to six sets, real images first; and whose features they are."""
+
+    sets: Mapping[str, np.ndarray]
+    features: str
 
 
 def embedding_density(sets: Mapping[str, np.ndarray]) -> Panel:
