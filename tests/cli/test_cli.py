@@ -435,6 +435,11 @@ def test_a_batch_larger_than_the_machine_is_refused_before_it_is_read(
     )
 
 
+@pytest.mark.parametrize("size", [0, -5, 10**9])
+def test_encode_refuses_absurd_sizes(size: int, place: Place) -> None:
+    assert f"--image-size is {size}; it must be from 1 to 16384" in place.refused(*place.encode(size=size))
+
+
 def test_resume_under_another_recipe(place: Place) -> None:
     place.run(*place.train("training.steps=1"))
     message = place.refused(*place.train("training.steps=2", "optimizer.learning_rate=0.5", resume=True))

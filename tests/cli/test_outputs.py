@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from training_runs import contents
 
 from varpi.cli.main import main
 from varpi.errors import VarpiError
+from varpi.evaluation.detections import _Cache
 from varpi.evaluation.result import MARKER, Result, read_result, write_result
 from varpi.runtime.files import check_output
 
@@ -135,3 +137,12 @@ def test_check_output(tmp_path: Path) -> None:
     for name in (tmp_path / "pipe", tmp_path / "dangling", Path("/dev/null")):
         with pytest.raises(VarpiError, match=f"{name}: is in the way"):
             check_output("--json", name, marker=b"ours")
+
+
+def test_a_file_that_is_no_cache_of_detections_is_left_as_it_is(work: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "detections.jsonl"
+    for content in ('{"a": 1}\n{"image": "mine"}', "mine"):
+        theirs.write_text(content)
+        with pytest.raises(VarpiError, match=r"detections\.jsonl: "):
+            _Cache.open(theirs, SimpleNamespace(identity={"name": "d"}), None)  # pyright: ignore[reportArgumentType]
+        assert theirs.read_text() == content

@@ -78,6 +78,8 @@ def _encode_images(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     if options.batch_size < 1:
         raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if not 1 <= options.image_size <= 2**14:
+        raise VarpiError(f"--image-size is {options.image_size}; it must be from 1 to {2**14}")
     check_output("--output", options.output)
     dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
     tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)

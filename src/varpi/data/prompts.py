@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi.errors import VarpiError
+from varpi.runtime.files import read_text
 
 KEYS = ("prompt", "text", "Prompt", "caption")
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -101,7 +102,7 @@ def _check_wanted(wanted: Any, index: int, where: str) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise VarpiError(f"{path}: cannot be read as a text file of prompts ({error})") from error
 
@@ -114,7 +115,7 @@ def _json_lines(path: Path) -> list[tuple[Any, str]]:
             where = f"{path}, line {number}"
             try:
                 values.append((json.loads(line), where))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise VarpiError(f"{where}: is not JSON ({error})") from error
     return values
 
@@ -123,7 +124,7 @@ def _json_rows(path: Path) -> list[str]:
     text = _read(path)
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VarpiError(f"{path}: is not JSON ({error})") from error
     if not isinstance(rows, list):
         raise VarpiError(f"{path}: is a JSON {type(rows).__name__}; expected a list of prompts")

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from varpi.data.images import decode
 from varpi.data.prompts import GENEVAL_COLORS
 from varpi.errors import VarpiError
-from varpi.runtime.files import write_text
+from varpi.runtime.files import read_text, write_text
 from varpi.runtime.tensors import sha256_of
 
 Boxes = Mapping[str, Sequence[Sequence[float]]]
@@ -68,8 +68,8 @@ def read_detections(path: str | Path) -> dict[str, Found]:
     """
     path = Path(path).expanduser()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise VarpiError(f"{path}: cannot be read as a JSON file of detections ({error})") from error
     if not isinstance(content, dict):
         raise VarpiError(f"{path}: is a JSON {type(content).__name__}; expected an object with a key for each image")
@@ -167,16 +167,16 @@ class _Cache:
         if not path.exists():
             write_text(path, json.dumps(head) + "\n")
             return cls({}, path)
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if lines[-1]:  # cut off in the middle of a line: it is made again
-            write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
         try:
+            lines = read_text(path).split("\n")
             values = [json.loads(line) for line in lines[:-1]]
             known = {(v["image"], v["sha256"]): _found(v, f"{path}: {v['image']}") for v in values[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VarpiError(f"{path}: is not a cache of detections, or damaged ({error}); remove it") from error
         if values[:1] != [head]:
             raise VarpiError(f"{path}: holds the detections of another detector or colorist; name another cache")
+        if lines[-1]:  # cut off in the middle of a line: it is made again
+            write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
         return cls(known, path)
 
     def add(self, name: str, digest: str, found: Found) -> None:

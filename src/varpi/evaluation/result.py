@@ -11,7 +11,7 @@ import torch
 
 import varpi
 from varpi.errors import VarpiError
-from varpi.runtime.files import write_text
+from varpi.runtime.files import read_text, write_text
 
 RESULT_FORMAT = 1
 MARKER = f'{{\n  "format": {RESULT_FORMAT},\n  "kind": "'.encode()
@@ -51,7 +51,7 @@ def write_result(path: Path, result: Result) -> None:
 def read_result(path: Path) -> Result:
     """A result that `write_result` wrote. Raises VarpiError for anything else."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
         if content["format"] != RESULT_FORMAT:
             raise VarpiError(
                 f"{path}: has format {content['format']}; this varpi reads format {RESULT_FORMAT}: update varpi"
@@ -59,7 +59,7 @@ def read_result(path: Path) -> Result:
         return Result(**{name: content[name] for name in Result.__dataclass_fields__})
     except VarpiError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VarpiError(f"{path}: is not a result of `varpi evaluate` ({type(error).__name__}: {error})") from error
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -65,6 +66,16 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         os.close(number)
         raise OSError(errno.EINVAL, "not a regular file")
     return open(number, "rb")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text in a regular file, UTF-8, without the mark that some editors begin a file with.
+
+    Raises:
+        OSError: it cannot be read, or is something else. UnicodeDecodeError: it is no text.
+    """
+    with open_regular(path) as file:
+        return io.TextIOWrapper(file, encoding="utf-8-sig").read()
 
 
 def check_output(option: str, path: str | os.PathLike[str], *, marker: bytes | None = None) -> None:

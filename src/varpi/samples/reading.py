@@ -29,7 +29,7 @@ from varpi.data import Dataset
 from varpi.data.images import SUFFIXES, decode, has_image_suffix
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
-from varpi.runtime.files import line
+from varpi.runtime.files import line, read_text
 
 Source = str | os.PathLike[str]
 RECORD = "sample.json"
@@ -316,8 +316,8 @@ def _sampling(folder: Path, count: int) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise VarpiError(f"{path}: cannot be read as JSON ({line(error)})") from error
     if not isinstance(record, dict):
         raise VarpiError(f"{path}: holds a {type(record).__name__}, not the record of `varpi sample`")

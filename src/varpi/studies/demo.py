@@ -34,10 +34,10 @@ MARKER = "demo.json"
 
 def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: int = 3) -> Path:
     """Carry it out in `output`; returns the page. An earlier demo there is replaced, anything else refused."""
-    if samples < 50 or samples % 10:
-        raise VarpiError(f"--samples is {samples}; it must be a multiple of 10 and at least 50")
-    if seeds < 2:
-        raise VarpiError(f"--seeds is {seeds}; an uncertainty needs at least 2")
+    if not 50 <= samples <= 100_000 or samples % 10:
+        raise VarpiError(f"--samples is {samples}; it must be a multiple of 10, at least 50 and at most 100000")
+    if not 2 <= seeds <= 1000:
+        raise VarpiError(f"--seeds is {seeds}; an uncertainty needs at least 2, and there are at most 1000")
     if steps is not None and steps < 1:
         raise VarpiError(f"--steps is {steps}; it must be at least 1")
     _clear(output)
