@@ -21,9 +21,9 @@ from torchvision.models import vgg16
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig
+from varpi.generators.llamagen_files import config_for
 from varpi.networks.loading import load_perceptual
 from varpi.objective import Perceptual
-from varpi.weights.names import generator_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,7 +32,7 @@ def class_conditional(architecture: str, image_size: int) -> LlamaGenConfig:
     """The configuration of a named class-conditional generator for images of VQ-16."""
     if image_size % 16:
         raise VarpiError(f"--image-size is {image_size}; VQ-16 needs a multiple of 16")
-    config = generator_config(architecture, image_size // 16)
+    config = config_for(architecture, image_size // 16)
     if config.conditioning != "class":
         raise VarpiError(f"--architecture is {architecture}; the benchmarks know the class-conditional ones")
     return config

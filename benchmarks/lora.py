@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import nn
 
 from varpi.data import Batch
-from varpi.generators.janus import ARCHITECTURES, Janus, config_for
+from varpi.generators.janus import FAMILY, Janus
+from varpi.generators.janus_files import config_for
 from varpi.methods.va_pi import VaPi
 from varpi.recipe import parse_recipe
 from varpi.runtime.processes import World
@@ -124,7 +125,7 @@ def counted_gib(side: str, result: dict[str, float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", default="janus-pro-1b", choices=ARCHITECTURES)
+    parser.add_argument("--architecture", default="janus-pro-1b", choices=FAMILY.architectures)
     parser.add_argument("--small", action="store_true", help="two narrow layers and a small tokenizer, for a CPU")
     parser.add_argument("--sides", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")

@@ -27,11 +27,14 @@ LOOSE = {"__init__", "__main__", "errors", "recipe"}
 STORES = {"embedded", "recipes"}
 """Folders of data files."""
 
+FAMILIES = {
+    "ARCHITECTURES", "Cache", "FAMILY", "PREFIXES", "SIZES", "assemble", "assemble_tokenizer", "config_for",
+    "config_from", "facts_of",
+}  # fmt: skip
 INTERFACES = {
     "cli": {"add", "run"},
-    "generators": {
-        "ARCHITECTURES", "Cache", "MODEL_TYPES", "PREFIXES", "SIZES", "assemble", "assemble_tokenizer", "config_for",
-    },
+    "generators": FAMILIES,
+    "tokenizers": FAMILIES,
     "methods": {"Settings", "from_recipe"},
 }  # fmt: skip
 """Names that several files of a room have because each is one of a kind: a command, a family, a method."""

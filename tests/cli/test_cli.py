@@ -285,7 +285,7 @@ def test_image_size_that_does_not_fit_the_grid(place: Place) -> None:
     assert "data.image_size is 32, but a 4x4 grid of tokens decodes to 16 pixels" in message
     assert "image_size is 20, but the generator's grid is 4x4" in place.refused(*place.train("data.image_size=20"))
     message = place.refused(*place.sample("--count", 1, "--image-size", 32))
-    assert "--image-size 32: this pair makes images of 16 pixels" in message
+    assert "image_size is 32, but this pair makes images of 16 pixels" in message
     assert "sides divisible by 4" in place.refused(*place.encode(size=18))
 
 

@@ -250,21 +250,23 @@ def test_hub_offline_but_cached(t5: Path, encoder: TextEncoder, hub_cache: Path)
     ],
 )
 def test_hub_online_fetches_one_set_of_weights(
-    t5: Path, files: list[str], wanted: list[str], monkeypatch: pytest.MonkeyPatch
+    t5: Path, files: list[str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str, str | None]] = []
+    snapshot = shutil.copytree(t5, tmp_path / "snapshot")
+    (snapshot / "pytorch_model.bin").touch()
+    asked: list[tuple[str, list[str], str | None]] = []
 
     def model_info(self: Any, repo: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
 
-    def download(repo: str, name: str, *, revision: str | None) -> str:
-        asked.append((repo, name, revision))
-        return str(t5 / name)
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns, revision))
+        return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert TextEncoder("org/name@v2").width == 16
-    assert asked == [("org/name", name, "v2") for name in wanted]
+    assert asked == [("org/name", wanted, "v2")]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
-from varpi.generators.pretrained import Pretrained
+from varpi.runtime.pretrained import Pretrained
 
 WORDS = ("[UNK]", "a", "the", "red", "blue", "cat", "dog", "moon", "on", "under", "small", "sleeping", ":", ".", "\n\n")
 BOS, EOS, PAD, BOI, IMAGE = (
@@ -118,7 +118,7 @@ def source(folder: Path, **compat: bool) -> Pretrained:
 
 def load(family: Any, pretrained: Pretrained) -> Any:
     """The generator that a family's module makes of a checkpoint, with its weights."""
-    return fill(*family.assemble(pretrained))
+    return fill(*family.assemble(pretrained)[:2])
 
 
 def fill(module: Any, weights: dict[str, Tensor]) -> Any:

@@ -15,7 +15,7 @@ from transformers import JanusForConditionalGeneration
 from varpi.errors import VarpiError
 from varpi.generators import janus
 from varpi.generators.janus_files import config_for, transformers_tensors, vq_tensors
-from varpi.generators.pretrained import Pretrained
+from varpi.runtime.pretrained import Pretrained
 from varpi.tokenizers import VQ, VQConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -130,7 +130,7 @@ def config_7b() -> dict[str, Any]:
 )
 def test_every_tensor_of_the_release_has_a_place(size: tuple[int, int, int], config: dict[str, Any]) -> None:
     tensors = on_meta(deepseek(*size))
-    generator, weights = janus.assemble(Pretrained("release", tensors, config))
+    generator, weights = janus.assemble(Pretrained("release", tensors, config))[:2]
     expected = {name: tuple(tensor.shape) for name, tensor in generator.state_dict().items()}
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected
     text: Any = generator.hf.config.text_config
@@ -149,7 +149,7 @@ def test_the_named_sizes_are_those_of_the_releases() -> None:
         assert {name: tuple(tensor.shape) for name, tensor in renamed.items()} == {
             name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
         }
-    assert janus.ARCHITECTURES == ("janus-pro-1b", "janus-pro-7b")
+    assert janus.FAMILY.architectures == ("janus-pro-1b", "janus-pro-7b")
 
 
 def test_the_1b_model_has_the_known_number_of_weights() -> None:
@@ -169,7 +169,8 @@ def test_the_1b_model_has_the_known_number_of_weights() -> None:
 
 
 def test_the_image_tokenizer_of_the_release_is_vq_16() -> None:
-    tokenizer, weights = janus.assemble_tokenizer(Pretrained("release", on_meta(deepseek(2048, 5632, 24)), config_1b()))
+    source = Pretrained("release", on_meta(deepseek(2048, 5632, 24)), config_1b())
+    tokenizer, weights = janus.assemble_tokenizer(source)[:2]
     assert tokenizer.config == VQConfig()
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in VQ(VQConfig()).state_dict().items()}
@@ -266,7 +267,8 @@ def test_both_layouts_give_the_same_model(model: Any, original: Pretrained, fold
 
 
 def test_both_layouts_give_the_same_image_tokenizer(original: Pretrained, folder: Path) -> None:
-    (one, weights), (other, others) = janus.assemble_tokenizer(original), janus.assemble_tokenizer(hf.source(folder))
+    sources = (original, hf.source(folder))
+    (one, weights), (other, others) = (janus.assemble_tokenizer(source)[:2] for source in sources)
     assert one.config == other.config
     assert torch.equal(weights.pop("quantize.codebook_used"), torch.arange(65536.0))
     assert torch.equal(others.pop("quantize.codebook_used"), torch.zeros(65536))
@@ -276,7 +278,7 @@ def test_both_layouts_give_the_same_image_tokenizer(original: Pretrained, folder
 
 def test_the_configuration_is_what_the_tensors_say(original: Pretrained, folder: Path) -> None:
     """Only the number of attention heads leaves no trace in them."""
-    generator, _ = janus.assemble(original)
+    generator = janus.assemble(original).model
     made, expected = generator.hf_config, json.loads((folder / "config.json").read_text())
     for section in ("text_config", "vision_config", "vq_config"):
         changed = {key for key, value in expected[section].items() if made[section].get(key) != value}
@@ -287,7 +289,7 @@ def test_the_configuration_is_what_the_tensors_say(original: Pretrained, folder:
 
 def test_the_language_config_is_kept_where_tensors_say_nothing(original: Pretrained) -> None:
     original.config["language_config"] |= {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "hidden_size": 9999}
-    text: Any = janus.assemble(original)[0].hf.config.text_config
+    text: Any = janus.assemble(original).model.hf.config.text_config
     assert (text.rope_parameters["rope_theta"], text.rms_norm_eps, text.hidden_size) == (5e5, 1e-5, 32)
 
 
@@ -300,7 +302,7 @@ def test_unknown_and_broken_names_are_left_as_they_are(original: Pretrained) -> 
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
     }
     original.tensors.update(extra)
-    generator, weights = janus.assemble(original)
+    generator, weights = janus.assemble(original)[:2]
     left = set(weights) - set(generator.state_dict())
     assert left == {
         "vision_model.vision_tower.head.weight",
@@ -365,13 +367,13 @@ def test_special_tokens_are_looked_up_by_their_strings(folder: Path, tmp_path: P
     source = hf.source(folder)
     source = Pretrained(source.where, source.tensors, source.config, tmp_path)
     expected = {"bos_token_id": hf.BOS, "pad_token_id": hf.PAD, "boi_token_id": hf.BOI, "image_token_id": hf.IMAGE}
-    assert janus.assemble(source)[0].special_ids == {name: hf.IDS[text] for name, text in expected.items()}
+    assert janus.assemble(source).model.special_ids == {name: hf.IDS[text] for name, text in expected.items()}
     text = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace(hf.PAD, "<nothing>").replace(hf.BOI, "<else>"))
-    ids = janus.assemble(source)[0].special_ids
+    ids = janus.assemble(source).model.special_ids
     assert (ids["bos_token_id"], ids["pad_token_id"], ids["boi_token_id"]) == (hf.IDS[hf.BOS], 2, 3)
     (tmp_path / "tokenizer.json").unlink()
-    ids = janus.assemble(source)[0].special_ids
+    ids = janus.assemble(source).model.special_ids
     assert (ids["bos_token_id"], ids["pad_token_id"], ids["boi_token_id"]) == (1, 2, 3)
 
 

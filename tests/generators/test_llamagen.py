@@ -9,9 +9,9 @@ from golden import config_of, fill, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
+from varpi.generators.llamagen_files import original_name
 from varpi.sampling.generate import generate
 from varpi.weights import load_generator, to_original
-from varpi.weights.names import original_name
 
 GRADIENTS = (
     "cls_embedding.embedding_table.weight",

@@ -42,8 +42,8 @@ class Scaled(next_token.NextToken):
 
 
 def from_recipe(recipe, num_classes, device):
-    generator, tokenizer = next_token.load_pair(recipe, num_classes, device)
-    return Scaled(generator, tokenizer, recipe.method, seed=recipe.seed, device=device)
+    pair = next_token.load_pair(recipe, num_classes, device)
+    return Scaled(pair.generator, pair.tokenizer, recipe.method, seed=recipe.seed, device=device)
 '''
 
 

@@ -242,8 +242,9 @@ def test_pair_conditioned_on_classes_needs_classes(pair: Path) -> None:
 
 def test_pair_is_ready_to_train(pair: Path) -> None:
     recipe = tiny.recipe(pair, "generator.dropout=0.25", "training.gradient_checkpointing=true")
-    loaded: tuple[Any, Any] = load_pair(recipe, open_dataset(recipe.data.source, image_size=16).num_classes, "cpu")
-    generator, tokenizer = loaded
+    loaded = load_pair(recipe, open_dataset(recipe.data.source, image_size=16).num_classes, "cpu")
+    generator: Any = loaded.generator
+    tokenizer = loaded.tokenizer
     assert all(p.requires_grad for p in generator.parameters())
     assert not any(p.requires_grad for p in tokenizer.parameters())
     assert generator.gradient_checkpointing
@@ -253,9 +254,18 @@ def test_pair_is_ready_to_train(pair: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "line"),
     [
-        ({"dim": 8, "n_layer": 1}, "generator.architecture: missing 1 required positional argument: 'n_head'"),
-        ({"dim": 8, "layers": 1}, "generator.architecture: got an unexpected keyword argument 'layers'"),
-        ({"dim": 10, "n_layer": 1, "n_head": 4}, "LlamaGenConfig: dim 10 over 4 heads must give"),
+        (
+            {"dim": 8, "n_layer": 1},
+            "generator.architecture is not valid: missing 1 required positional argument: 'n_head'",
+        ),
+        (
+            {"dim": 8, "layers": 1},
+            "generator.architecture has fields that this varpi does not know: layers; it knows dim, n_layer",
+        ),
+        (
+            {"dim": 10, "n_layer": 1, "n_head": 4},
+            "generator.architecture is not valid: LlamaGenConfig: dim 10 over 4 heads must give",
+        ),
         ("llamagen-c2i-b", "generator.architecture must list the fields of LlamaGenConfig to start afresh"),
     ],
 )

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig
+from varpi.generators.llamagen_files import original_name
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import (
-    check_pair,
     export_original,
     load_generator,
     load_tokenizer,
@@ -33,7 +33,7 @@ from varpi.weights import (
     sha256_of,
     to_original,
 )
-from varpi.weights.names import original_name
+from varpi.weights.pair import check_pair
 
 CONFIG = LlamaGenConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, grid=4, num_classes=5)
 VQ_CONFIG = VQConfig(
@@ -188,7 +188,7 @@ def test_sharded_safetensors(generator: LlamaGen, tmp_path: Path) -> None:
     with pytest.raises(VarpiError, match=r"lists '../elsewhere.safetensors', which is not the name of a file beside"):
         load_generator(tmp_path, architecture=CONFIG)
     index.write_text("{")
-    with pytest.raises(VarpiError, match="not a readable index"):
+    with pytest.raises(VarpiError, match=r"index.json: cannot be read as JSON"):
         load_generator(tmp_path, architecture=CONFIG)
 
 
@@ -521,18 +521,18 @@ def test_hub_online_fetches_only_what_is_needed(
     generator: LlamaGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sharded(tmp_path, to_original(generator))
-    fetched: list[tuple[str, str, str | None]] = []
+    fetched: list[tuple[str, list[str], str | None]] = []
 
     def model_info(self: Any, repo: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
         names = ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors", "README.md", "old/x.pt"]
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
-    def download(repo: str, name: str, *, revision: str | None) -> str:
-        fetched.append((repo, name, revision))
-        return str(tmp_path / name)
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.append((repo, allow_patterns, revision))
+        return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert_same(load_generator("org/name@main", architecture=CONFIG), generator)
-    names = ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"]
-    assert fetched == [("org/name", name, "main") for name in names]
+    wanted = [["model.safetensors.index.json"], ["part-0.safetensors", "part-1.safetensors"]]
+    assert fetched == [("org/name", names, "main") for names in wanted]

@@ -78,7 +78,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _embedded(kind: str) -> str:
-    from varpi.runtime.tensors import embedded
+    from varpi.runtime.sources import embedded
 
     try:
         return f"{embedded('digits', kind).stat().st_size / 2**20:.1f} MiB"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command, digest, load_pair, recipe_of, say, warn
+from varpi.cli.options import add_device, command, digest, load_pair, say, warn
 from varpi.cli.sample import Wanted, add_sampling, prepare
 from varpi.cli.sampling_flags import settings_of
 from varpi.errors import VarpiError
@@ -252,15 +252,17 @@ def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     from varpi.evaluation.alignment import evaluate_alignment
     from varpi.methods.rewards import Reward, load_reward_network
     from varpi.networks.loading import load_extractor
+    from varpi.weights.pair import recipe_of
 
     if options.metrics is not None:
         raise VarpiError("--metrics: alignment has one fixed set of them")
     if not world.is_main:
         return None
-    generator, tokenizer = load_pair(options)
+    pair = load_pair(options)
+    generator, tokenizer = pair.generator, pair.tokenizer
     recipe = recipe_of(options.samples)
     if options.data is not None:
-        dataset = open_dataset(options.data, image_size=generator.grid * tokenizer.downsample, split=options.split)
+        dataset = open_dataset(options.data, image_size=pair.image_size, split=options.split)
     elif recipe is not None:
         dataset = open_split(recipe.data, options.split)
     else:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.errors import VarpiError, printable
+from varpi.errors import printable
 
 
 def command(commands: Any, name: str, run: Any, short: str, long: str) -> argparse.ArgumentParser:
@@ -48,46 +48,20 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def load_pair(options: argparse.Namespace) -> tuple[Any, Any]:
-    from varpi.generators.pretrained import PretrainedGenerator
+def load_pair(options: argparse.Namespace) -> Any:
+    """The `Pair` that the options name."""
     from varpi.runtime.processes import choose_device
-    from varpi.weights import check_pair, load_generator, load_tokenizer
-    from varpi.weights.pair import give_text_encoder
+    from varpi.weights.pair import open_pair
 
-    device = choose_device(options.device)
-    recipe = recipe_of(options.generator)
-    generator: Any = load_generator(
-        options.generator, architecture=options.architecture, image_size=options.image_size, device=device
+    return open_pair(
+        options.generator,
+        tokenizer=options.tokenizer,
+        architecture=options.architecture,
+        tokenizer_architecture=options.tokenizer_architecture,
+        image_size=options.image_size,
+        text_encoder=options.text_encoder,
+        device=choose_device(options.device),
     )
-    source, architecture = options.tokenizer, options.tokenizer_architecture
-    brings_its_own = isinstance(generator, PretrainedGenerator)
-    if source is None and brings_its_own:
-        source, architecture = options.generator, options.architecture
-    elif source is None and recipe is not None and recipe.tokenizer is not None:
-        source = recipe.tokenizer.source
-        named = recipe.tokenizer.architecture
-        architecture = named if isinstance(named, str) else None
-    if source is None:
-        raise VarpiError("--tokenizer is missing: a checkpoint, a Hub id, or `digits`")
-    tokenizer = load_tokenizer(source, architecture=architecture, device=device)
-    check_pair(generator, tokenizer)
-    side = generator.grid * tokenizer.downsample
-    if options.image_size not in (None, side):
-        raise VarpiError(f"--image-size {options.image_size}: this pair makes images of {side} pixels")
-    encoder = options.text_encoder
-    if encoder is None and recipe is not None and recipe.generator is not None:
-        encoder = recipe.generator.text_encoder
-    if encoder is not None:
-        give_text_encoder(generator, encoder, device)
-    return generator, tokenizer
-
-
-def recipe_of(source: str) -> Any:
-    """The recipe of a run directory; None for anything else."""
-    from varpi.recipe import parse_recipe, read_yaml
-
-    path = Path(source, "recipe.yaml")
-    return parse_recipe(read_yaml(path), str(path)) if path.is_file() else None
 
 
 def digest(source: str) -> str | None:

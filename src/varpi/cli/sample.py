@@ -126,7 +126,8 @@ def prepare(options: argparse.Namespace, output: Path) -> Wanted:
             raise VarpiError("--geneval: give GenEval's metadata by --prompts")
         metadata = read_geneval_metadata(options.prompts)[: options.limit]
     prompts = _prompts(options)
-    generator, tokenizer = load_pair(options)
+    pair = load_pair(options)
+    generator, tokenizer = pair.generator, pair.tokenizer
     side = image_side(generator, tokenizer, options.resize)
 
     def check(count: int) -> None:

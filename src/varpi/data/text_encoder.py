@@ -132,7 +132,7 @@ def _folder(source: str) -> Path:
     repository = hub.Repository(match["repo"], match["revision"])
     weights = ".safetensors" if any(name.endswith(".safetensors") for name in repository.names) else ".bin"
     endings = (".json", "spiece.model", weights)
-    files = [repository.file(name) for name in repository.names if "/" not in name and name.endswith(endings)]
+    files = [name for name in repository.names if "/" not in name and name.endswith(endings)]
     if not files:
         raise VarpiError(f"{repository.where}: holds no model in transformers' layout")
-    return files[0].parent
+    return repository.download(files)

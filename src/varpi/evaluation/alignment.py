@@ -35,7 +35,7 @@ from varpi.runtime.randomness import Stream, permutation, uniforms
 from varpi.sampling.generate import generate_with
 from varpi.sampling.settings import Sampling
 from varpi.tokenizers import Tokenizer
-from varpi.weights import check_pair
+from varpi.weights.pair import check_pair
 
 HELD = 64
 """Images that are generated together, and so the most that are held at once."""

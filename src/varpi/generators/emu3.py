@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +23,25 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
+from varpi.generators.generator import Generator
 from varpi.generators.language_model import (
     Cache,
     PromptCondition,
     attention_mask,
     checkpointed,
+    described,
     text_tokenizer,
     transformers,
 )
+from varpi.runtime.pretrained import Assembled, Family, Pretrained
+from varpi.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as TextTokenizer
     from transformers import Emu3Config, Emu3VQVAEConfig
 
-    from varpi.generators.pretrained import Pretrained
+__all__ = ["FAMILY", "Emu3", "Emu3Tokenizer", "PromptCondition", "assemble", "assemble_tokenizer"]
 
-__all__ = ["ARCHITECTURES", "MODEL_TYPES", "Emu3", "Emu3Tokenizer", "assemble", "assemble_tokenizer", "config_for"]
-
-MODEL_TYPES = ("emu3",)
-ARCHITECTURES = ("emu3-gen",)
 GRID = 90
 CODE = "<|visual token {:06d}|>"
 BEGIN_IMAGE, IMAGE, END_LINE = "<|image start|>", "<|image token|>", "<|extra_200|>"
@@ -56,13 +56,14 @@ PREFIXES = {
 }
 
 
-class Emu3(nn.Module):
+class Emu3(Generator):
     """The generator. `logits` means the same in train and eval mode, dropout aside; it never drops the condition.
 
     config: of the transformers model, which becomes `hf`, with the grid as `varpi_grid`.
     folder: where the files of the text tokenizer lie. tokenizer: that text tokenizer; without one captions are refused.
     """
 
+    family: ClassVar[str] = "emu3"
     code_ids: Tensor
 
     def __init__(
@@ -76,14 +77,12 @@ class Emu3(nn.Module):
         self.folder = folder
         self.text_tokenizer = tokenizer
         architecture = {"architectures": ["Emu3ForConditionalGeneration"]}
-        self.hf_config: dict[str, Any] = {**architecture, **json.loads(config.to_json_string())}
+        self.hf_config = {**architecture, **json.loads(config.to_json_string())}
         self.grid: int = settings.varpi_grid
         self.num_tokens = self.grid**2
         self.inputs = self.grid * (self.grid + 1) - 2  # ends of lines too; neither the last of them nor the last code
         self.vocab_size: int = settings.vq_config.codebook_size
         self.num_classes = None
-        self.class_names: tuple[str, ...] | None = None
-        self.gradient_checkpointing = False
         self.tied = config.tie_word_embeddings
         self.vocabulary: dict[str, int] = settings.vocabulary_map
         self.bos_id: int = settings.text_config.bos_token_id
@@ -95,12 +94,8 @@ class Emu3(nn.Module):
         return torch.tensor([self.vocabulary[CODE.format(code)] for code in range(self.vocab_size)])
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.hf.model.text_model.layers
-
-    @property
-    def device(self) -> torch.device:
-        return self.hf.lm_head.weight.device
 
     def reset_tables(self) -> None:
         """Make what no checkpoint holds again: rotary frequencies, the codes' token ids, the tied output layer."""
@@ -119,9 +114,6 @@ class Emu3(nn.Module):
         return theirs + name.removeprefix(ours)
 
     # -- teacher forcing
-
-    def forward(self, tokens: Tensor, condition: PromptCondition) -> Tensor:
-        return self.logits(tokens, condition)
 
     def logits(self, tokens: Tensor, condition: PromptCondition) -> Tensor:
         """Float32 logits (B,N,V) for tokens int64 (B,N); position i predicts tokens[:, i] from tokens[:, :i]."""
@@ -233,7 +225,7 @@ class Emu3(nn.Module):
         return self._head(self._language_model(ids, mask, cache)[:, -1])
 
 
-class Emu3Tokenizer(nn.Module):
+class Emu3Tokenizer(Tokenizer):
     """Emu3's image tokenizer, transformers' `Emu3VQVAE`: a video model that is given still images."""
 
     def __init__(self, config: "Emu3VQVAEConfig") -> None:
@@ -274,7 +266,7 @@ def config_for(architecture: str) -> "Emu3Config":
     )
 
 
-def assemble(source: "Pretrained") -> tuple[Emu3, dict[str, Tensor]]:
+def assemble(source: Pretrained) -> Assembled:
     """The generator on the meta device and its weights by the names of its state dict; what is left over keeps its own.
 
     Raises VarpiError for a config.json that does not describe an Emu3 that makes images, and for compat settings.
@@ -286,34 +278,35 @@ def assemble(source: "Pretrained") -> tuple[Emu3, dict[str, Tensor]]:
     if config.tie_word_embeddings and table in tensors:  # unless the file holds two, which is what transformers heeds
         config.tie_word_embeddings = torch.equal(tensors.setdefault(output, tensors[table]), tensors[table])
     with torch.device("meta"):
-        return Emu3(config, folder=source.folder, tokenizer=text_tokenizer(source.folder)), tensors
+        return Assembled(Emu3(config, folder=source.folder, tokenizer=text_tokenizer(source.folder)), tensors)
 
 
-def assemble_tokenizer(source: "Pretrained") -> tuple[Emu3Tokenizer, dict[str, Tensor]]:
+def assemble_tokenizer(source: Pretrained) -> Assembled:
     """Its image tokenizer on the meta device and its weights. Raises VarpiError if the checkpoint has none."""
     part, config = "hf.model.vqmodel.", _config(source)
     tensors = {f"hf.{name.removeprefix(part)}": t for name, t in _tensors(source).items() if name.startswith(part)}
     if not tensors:
         raise VarpiError(f"{source.where}: has no image tokenizer (vqmodel.*)")
     with torch.device("meta"):
-        return Emu3Tokenizer(config.vq_config), tensors  # pyright: ignore[reportArgumentType]
+        return Assembled(Emu3Tokenizer(config.vq_config), tensors)  # pyright: ignore[reportArgumentType]
 
 
-def _tensors(source: "Pretrained") -> dict[str, Tensor]:
+def _tensors(source: Pretrained) -> dict[str, Tensor]:
     """The checkpoint's tensors under the generator's names; unknown names stay as they are."""
     prefixes = ((name, next(filter(name.startswith, PREFIXES), "")) for name in source.tensors)
     return {PREFIXES.get(old, "") + name.removeprefix(old): source.tensors[name] for name, old in prefixes}
 
 
-def _config(source: "Pretrained") -> "Emu3Config":
+def _config(source: Pretrained) -> "Emu3Config":
+    said = described(source, config_for)
     try:
-        config: Any = transformers().Emu3Config.from_dict(copy.deepcopy(source.config))
+        config: Any = transformers().Emu3Config.from_dict(copy.deepcopy(said))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         raise VarpiError(f"{source.where}: config.json does not describe an Emu3 model: {message:.200}") from error
     for part in (config, config.text_config, config.vq_config):
         part.dtype = None  # the weights have one of their own, which may be another once they are saved again
-    config.varpi_grid = grid = source.config.get("varpi_grid", GRID)
+    config.varpi_grid = grid = said.get("varpi_grid", GRID)
     if type(grid) is not int or grid < 1:
         raise VarpiError(f"{source.where}: config.json says varpi_grid {grid!r}; it must be an integer above 0")
     needed = [END_LINE, IMAGE, BEGIN_IMAGE, *map(CODE.format, range(config.vq_config.codebook_size))]
@@ -321,3 +314,6 @@ def _config(source: "Pretrained") -> "Emu3Config":
     if missing:
         raise VarpiError(f"{source.where}: config.json's vocabulary_map has no {missing[0]!r}; give a whole Emu3-Gen")
     return config
+
+
+FAMILY = Family("emu3", ("emu3-gen",), generator=assemble, tokenizer=assemble_tokenizer, model_types=("emu3",))

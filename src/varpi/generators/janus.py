@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
+from varpi.generators.generator import Generator
 from varpi.generators.janus_files import (
     SIZES,
     SPECIAL,
@@ -34,25 +35,23 @@ from varpi.generators.language_model import (
     PromptCondition,
     attention_mask,
     checkpointed,
+    described,
     text_tokenizer,
     transformers,
 )
+from varpi.runtime.pretrained import Assembled, Family, Pretrained
 from varpi.tokenizers.vq import VQ
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as TextTokenizer
     from transformers import JanusConfig
 
-    from varpi.generators.pretrained import Pretrained
+__all__ = ["FAMILY", "Janus", "PromptCondition", "assemble", "assemble_tokenizer"]
 
-__all__ = ["ARCHITECTURES", "MODEL_TYPES", "Janus", "PromptCondition", "assemble", "assemble_tokenizer", "config_for"]
-
-MODEL_TYPES = ("janus", "multi_modality")
-ARCHITECTURES = tuple(SIZES)
 COMPAT = ("shifted_logits", "attend_padding")
 
 
-class Janus(nn.Module):
+class Janus(Generator):
     """The generator. `logits` means the same in train and eval mode; it never drops the condition.
 
     config: of the transformers model, which becomes `hf`.
@@ -63,6 +62,8 @@ class Janus(nn.Module):
     tokenizer: that text tokenizer; without one, conditions must be token ids.
     ids: of the special tokens, by the keys of `SPECIAL`.
     """
+
+    family: ClassVar[str] = "janus"
 
     def __init__(
         self,
@@ -82,13 +83,11 @@ class Janus(nn.Module):
         self.text_tokenizer = tokenizer
         self.special_ids = dict(ids or {})
         architecture = {"architectures": ["JanusForConditionalGeneration"]}
-        self.hf_config: dict[str, Any] = {**architecture, **json.loads(config.to_json_string())}
+        self.hf_config = {**architecture, **json.loads(config.to_json_string())}
         self.num_tokens: int = vision.num_image_tokens
         self.grid = math.isqrt(self.num_tokens)
         self.vocab_size: int = vq.num_embeddings
-        self.num_classes: int | None = None
-        self.class_names: tuple[str, ...] | None = None
-        self.gradient_checkpointing = False
+        self.num_classes = None
         self.tied: bool = config.tie_word_embeddings
         model = self.hf.model
         self.hf.requires_grad_(False)
@@ -98,12 +97,8 @@ class Janus(nn.Module):
             model.language_model.embed_tokens.requires_grad_(False)
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.hf.model.language_model.layers
-
-    @property
-    def device(self) -> torch.device:
-        return self.hf.model.generation_head.vision_head.weight.device
 
     def reset_tables(self) -> None:
         """Make what no checkpoint holds again: rotary frequencies, SigLIP's position ids, the tied output layer."""
@@ -121,9 +116,6 @@ class Janus(nn.Module):
         return None if self.tied and name == "hf.lm_head.weight" else name.removeprefix("hf.")
 
     # -- teacher forcing
-
-    def forward(self, tokens: Tensor, condition: PromptCondition) -> Tensor:
-        return self.logits(tokens, condition)
 
     def logits(self, tokens: Tensor, condition: PromptCondition) -> Tensor:
         """Float32 logits (B,N,V) for tokens int64 (B,N); position i predicts tokens[:, i] from tokens[:, :i].
@@ -272,7 +264,7 @@ def _positions(valid: Tensor) -> Tensor:
 # -- checkpoints
 
 
-def assemble(source: "Pretrained") -> tuple[Janus, dict[str, Tensor]]:
+def assemble(source: Pretrained) -> Assembled:
     """The generator on the meta device and its weights by the names of its state dict; what is left over keeps its own.
 
     Raises VarpiError for a checkpoint that cannot generate images and for compat settings that Janus does not know.
@@ -285,13 +277,14 @@ def assemble(source: "Pretrained") -> tuple[Janus, dict[str, Tensor]]:
             raise VarpiError(
                 f"{where}: has no {what} (model.{part}.*), so it cannot generate images: give a Janus-Pro checkpoint"
             )
-    config = config_from(where, source.config, tensors)
+    said = described(source, config_for)
+    config = config_from(where, said, tensors)
     embedding, output = "model.language_model.embed_tokens.weight", "lm_head.weight"
     if config.tie_word_embeddings and {embedding, output} <= set(tensors):
         # as transformers does: converted files say that they are tied without meaning it
         config.tie_word_embeddings = torch.equal(tensors[embedding], tensors[output])
     tokenizer = text_tokenizer(source.folder)
-    ids = special_ids(source.folder, source.config, tokenizer)
+    ids = special_ids(source.folder, said, tokenizer)
     config.image_token_id = ids.get("image_token_id", config.image_token_id)
     with torch.device("meta"):
         generator = Janus(config, compat=source.compat, folder=source.folder, tokenizer=tokenizer, ids=ids)
@@ -299,12 +292,11 @@ def assemble(source: "Pretrained") -> tuple[Janus, dict[str, Tensor]]:
         tensors[output] = tensors[embedding]
     known = {name.removeprefix("hf.") for name in generator.state_dict()}
     own = {transformers_name(name): name for name in source.tensors}
-    return generator, {
-        f"hf.{name}" if name in known else own.get(name, name): tensor for name, tensor in tensors.items()
-    }
+    weights = {f"hf.{name}" if name in known else own.get(name, name): tensor for name, tensor in tensors.items()}
+    return Assembled(generator, weights)
 
 
-def assemble_tokenizer(source: "Pretrained") -> tuple[VQ, dict[str, Tensor]]:
+def assemble_tokenizer(source: Pretrained) -> Assembled:
     """Its image tokenizer on the meta device and its weights; the shape is what the tensors say.
 
     Codes are compared as unit vectors, as in deepseek's code and unlike in transformers' `vqmodel.encode`.
@@ -317,4 +309,9 @@ def assemble_tokenizer(source: "Pretrained") -> tuple[VQ, dict[str, Tensor]]:
         tokenizer = VQ(vq_config(source.where, weights))
     # transformers leaves out this statistic, which nothing reads
     weights.setdefault("quantize.codebook_used", torch.zeros(tokenizer.quantize.codebook_used.shape))
-    return tokenizer, weights
+    return Assembled(tokenizer, weights)
+
+
+FAMILY = Family(
+    "janus", tuple(SIZES), generator=assemble, tokenizer=assemble_tokenizer, model_types=("janus", "multi_modality")
+)

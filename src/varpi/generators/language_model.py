@@ -3,7 +3,7 @@
 Shapes: B images, P prompt tokens, S positions, H heads of width E.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varpi.errors import VarpiError
+from varpi.runtime.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as TextTokenizer
@@ -29,6 +30,17 @@ def transformers() -> ModuleType:
     except ImportError as error:
         raise VarpiError("this generator needs transformers: pip install 'varpi[text]'") from error
     return transformers
+
+
+def described(source: Pretrained, config_for: Callable[[str], Any]) -> dict[str, Any]:
+    """What config.json holds: the checkpoint's own, or for one without it that of the named architecture."""
+    if source.config or source.architecture is None:
+        return source.config
+    if not isinstance(source.architecture, str):
+        raise VarpiError(
+            f"{source.where}: this family's models are described by config.json; put it beside the weights"
+        )
+    return config_for(source.architecture.lower()).to_dict()
 
 
 # -- prompts

@@ -8,9 +8,9 @@ the rotary table is zero, not identity, at the condition positions, so their que
 not); and the last grid position is never an input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,65 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varpi.errors import VarpiError
+from varpi.generators.generator import Generator
+from varpi.generators.llamagen_files import ARCHITECTURES, LlamaGenConfig, config_from, is_table, original_name
+from varpi.runtime.pretrained import Assembled, Family, Pretrained
+from varpi.runtime.sources import few
 
-SIZES: dict[str, tuple[int, int, int]] = {  # layers, width, heads (LlamaGen, Table 1 and model file)
-    "b": (12, 768, 12),
-    "l": (24, 1024, 16),
-    "xl": (36, 1280, 20),
-    "xxl": (48, 1536, 24),
-    "xxxl": (48, 2560, 40),
-    "1b": (22, 2048, 32),
-    "3b": (24, 3200, 32),
-    "7b": (32, 4096, 32),
-}
-
-
-@dataclass(frozen=True)
-class LlamaGenConfig:
-    """The shape of a LlamaGen GPT. `grid` is tokens per side: image size / tokenizer down-sampling."""
-
-    dim: int
-    n_layer: int
-    n_head: int
-    vocab_size: int = 16384
-    grid: int = 16
-    conditioning: Literal["class", "text"] = "class"
-    num_classes: int = 1000
-    condition_tokens: int | None = None
-    """1 for a class, 120 for a caption, unless given."""
-    caption_dim: int = 2048
-    """Width of the caption features (flan-t5-xl: 2048); text only."""
-    ffn_dim: int | None = None
-    """SwiGLU hidden width; by default 8/3 of `dim`, rounded up to a multiple of 256."""
-    dropout: float = 0.1
-    """After the embeddings, the attention output and the feed-forward output, in train mode."""
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.conditioning not in ("class", "text"):
-            raise VarpiError(f"LlamaGenConfig: conditioning is {self.conditioning!r}; it must be 'class' or 'text'")
-        if self.condition_tokens is None:
-            object.__setattr__(self, "condition_tokens", 1 if self.conditioning == "class" else 120)
-        if self.ffn_dim is None:
-            object.__setattr__(self, "ffn_dim", -(-int(8 * self.dim / 3) // 256) * 256)
-        for name in ("dim", "n_layer", "n_head", "vocab_size", "grid", "num_classes", "condition_tokens", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise VarpiError(f"LlamaGenConfig: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.dim % self.n_head or (self.dim // self.n_head) % 4:
-            raise VarpiError(
-                f"LlamaGenConfig: dim {self.dim} over {self.n_head} heads must give a head width divisible by 4"
-            )
-        if not 0 <= self.dropout < 1:
-            raise VarpiError(f"LlamaGenConfig: dropout is {self.dropout}; it must be in [0, 1)")
-
-    @classmethod
-    def named(cls, size: str, **overrides: Any) -> "LlamaGenConfig":
-        """The configuration of a released size: one of `SIZES`, with any other field given by name."""
-        if size.lower() not in SIZES:
-            raise VarpiError(f"no LlamaGen size {size!r}; the sizes are {', '.join(SIZES)}")
-        n_layer, dim, n_head = SIZES[size.lower()]
-        return cls(dim=dim, n_layer=n_layer, n_head=n_head, **overrides)
+__all__ = ["FAMILY", "LlamaGen", "LlamaGenConfig", "TextCondition"]
 
 
 @dataclass(frozen=True)
@@ -197,9 +144,10 @@ class CaptionEmbedding(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(Generator):
     """The generator. `logits` means the same in train and eval mode, dropout aside; it never drops the condition."""
 
+    family: ClassVar[str] = "llamagen"
     rotary: Tensor
 
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -211,10 +159,8 @@ class LlamaGen(nn.Module):
         self.num_tokens = config.grid**2
         self.num_classes = config.num_classes if config.conditioning == "class" else None
         self.condition_tokens = config.condition_tokens
-        self.class_names: tuple[str, ...] | None = None
-        self.gradient_checkpointing = False
-        self.text_encoder: Callable[[Sequence[str]], list[Tensor]] | None = None
-        """Captions to features float (L,C) of valid tokens only; without one, captions must come as features."""
+        if config.conditioning == "text":
+            self.caption_features = (config.condition_tokens, config.caption_dim)
         if config.conditioning == "class":  # the last row is the null class, whatever the drop rate
             self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         else:
@@ -229,14 +175,14 @@ class LlamaGen(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def reset_tables(self) -> None:
-        """Make the rotary table again, which no checkpoint holds; needed after construction on the meta device."""
+        """Make the rotary table again."""
         table = rotary_table(self.config)
         self.register_buffer("rotary", table.to(self.token_embedding.weight.device), persistent=False)
 
-    # -- teacher forcing
+    def name_in_file(self, name: str) -> str:
+        return original_name(name)
 
-    def forward(self, tokens: Tensor, condition: Any) -> Tensor:
-        return self.logits(tokens, condition)
+    # -- teacher forcing
 
     def logits(self, tokens: Tensor, condition: Any) -> Tensor:
         """Float32 logits (B,N,V) for tokens int64 (B,N); position i predicts tokens[:, i] from tokens[:, :i].
@@ -263,9 +209,8 @@ class LlamaGen(nn.Module):
 
     def prepare_condition(self, condition: Any) -> Any:
         """A `TextCondition` from itself, captions or features (text); int64 (B,) from class ids (class)."""
-        device = self.token_embedding.weight.device
         if self.config.conditioning == "text":
-            return self._text_condition(condition).to(device)
+            return self._text_condition(condition).to(self.device)
         try:
             ids = torch.as_tensor(condition)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -280,7 +225,7 @@ class LlamaGen(nn.Module):
                 f"class id {int(wrong[0])} is out of range: this generator knows 0 to {self.config.num_classes - 1} "
                 f"({self.config.num_classes} is the null class)"
             )
-        return ids.long().to(device)
+        return ids.long().to(self.device)
 
     def _text_condition(self, condition: Any) -> TextCondition:
         """Captions encoded, features padded on the left, and everything of the right size."""
@@ -409,3 +354,25 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+
+
+def assemble(source: Pretrained) -> Assembled:
+    """The generator on the meta device, its weights under the names of the file: original ones, or varpi's own."""
+    if source.compat:
+        raise VarpiError(f"generator.compat: LlamaGen has no switch {few(source.compat)}")
+    native = bool(source.config) or "token_embedding.weight" in source.tensors
+    tensors = {name: tensor for name, tensor in source.tensors.items() if not is_table(name)}
+    config, said = config_from(source, {original_name(name): tensor for name, tensor in tensors.items()})
+    with torch.device("meta"):
+        generator = LlamaGen(config)
+    return Assembled(generator, tensors, said, str if native else original_name)
+
+
+FAMILY = Family(
+    "llamagen",
+    ARCHITECTURES,
+    generator=assemble,
+    known_by=("tok_embeddings.weight", "token_embedding.weight"),
+    config=LlamaGenConfig,
+    build=LlamaGen,
+)

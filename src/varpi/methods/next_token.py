@@ -78,10 +78,10 @@ class NextToken:
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> NextToken:
     assert isinstance(recipe.method, Settings)
-    generator, tokenizer = load_pair(recipe, num_classes, device)
+    pair = load_pair(recipe, num_classes, device)
     return NextToken(
-        generator,
-        tokenizer,
+        pair.generator,
+        pair.tokenizer,
         recipe.method,
         seed=recipe.seed,
         precision=recipe.training.precision,

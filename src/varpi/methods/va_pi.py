@@ -243,15 +243,15 @@ class VaPi:
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:
     settings = recipe.method
     assert isinstance(settings, Settings)
-    generator, tokenizer = load_pair(recipe, num_classes, device)
+    pair = load_pair(recipe, num_classes, device)
     perceptual = load_reward_network(settings.reward, device)
     reference = None
     if settings.prior == "kl" and settings.prior_weight > 0:
         reference = open_generator(recipe, device)
         reference.requires_grad_(False).eval()
     return VaPi(
-        generator,
-        tokenizer,
+        pair.generator,
+        pair.tokenizer,
         settings,
         seed=recipe.seed,
         precision=recipe.training.precision,

@@ -83,6 +83,8 @@ def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VqToken
     assert isinstance(settings, Settings)
     assert recipe.tokenizer is not None
     tokenizer = open_tokenizer(recipe.tokenizer, device)
+    if not isinstance(tokenizer, VQ):
+        raise VarpiError(f"tokenizer.source: is a {type(tokenizer).__name__}; method vq_tokenizer trains a VQ")
     if recipe.data.image_size % tokenizer.downsample:
         raise VarpiError(
             f"data.image_size is {recipe.data.image_size}; this tokenizer needs a multiple of {tokenizer.downsample}"

@@ -14,7 +14,8 @@ from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet, load_classifier
 from varpi.networks.extractors import Network, Streams, autocast_of
 from varpi.networks.perceptual import ConvPerceptual
-from varpi.runtime.tensors import embedded, sha256_of
+from varpi.runtime.sources import embedded
+from varpi.runtime.tensors import sha256_of
 
 
 def load_digits_perceptual(device: str = "cpu") -> ConvPerceptual:

@@ -9,7 +9,8 @@ import torch
 
 from varpi.errors import VarpiError
 from varpi.runtime.files import line
-from varpi.runtime.tensors import few, fill, find, read_checkpoint, sha256_of
+from varpi.runtime.sources import few, find
+from varpi.runtime.tensors import fill, read_checkpoint, sha256_of
 
 ClipArchitecture = str | Mapping[str, Any]
 """A name that open_clip knows, or such a configuration (embed_dim, vision_cfg, text_cfg)."""

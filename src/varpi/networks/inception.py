@@ -18,7 +18,8 @@ from torch.nn import functional
 from varpi.errors import VarpiError
 from varpi.networks.extractors import Network, Streams, autocast_of
 from varpi.runtime.files import line
-from varpi.runtime.tensors import fill, find, read_checkpoint, sha256_of
+from varpi.runtime.sources import find
+from varpi.runtime.tensors import fill, read_checkpoint, sha256_of
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"

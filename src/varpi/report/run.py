@@ -14,8 +14,7 @@ from varpi.report.page import Page, write_page
 from varpi.report.provenance import costs, environment
 from varpi.runtime.processes import World
 from varpi.training import read_metrics
-from varpi.weights import load_generator
-from varpi.weights.pair import give_text_encoder, open_generator, open_tokenizer
+from varpi.weights.pair import open_generator, open_pair
 
 CAPTIONS = 8
 """Captions that a page shows samples of."""
@@ -31,16 +30,13 @@ def report_run(run: Path, *, per_condition: int, device: str) -> Path:
     grids = []
     model = run / "model.safetensors"
     if per_condition > 0 and recipe.generator is not None and recipe.tokenizer is not None and model.is_file():
-        tokenizer = open_tokenizer(recipe.tokenizer, device)
-        tuned: Any = load_generator(model, device=device)
-        if recipe.generator.text_encoder is not None:
-            give_text_encoder(tuned, recipe.generator.text_encoder, device)
-        condition, asked = _examples(recipe, tuned.num_classes, per_condition)
+        pair = open_pair(run, device=device)
+        condition, asked = _examples(recipe, pair.generator.num_classes, per_condition)
         if recipe.generator.source is not None:
             base = open_generator(recipe, device)
-            grids.append(draw_samples("before", base, tokenizer, condition, 0, asked))
+            grids.append(draw_samples("before", base, pair.tokenizer, condition, 0, asked))
             del base
-        grids.append(draw_samples("after", tuned, tokenizer, condition, 0, asked))
+        grids.append(draw_samples("after", pair.generator, pair.tokenizer, condition, 0, asked))
     page = Page(
         title=f"{recipe.method.name} · {run.name}",
         paragraph=f"{costs(run)['steps']} updates of {recipe.training.batch_size} images of {recipe.data.source} by "

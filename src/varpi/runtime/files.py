@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -101,6 +102,15 @@ def check_output(option: str, path: str | os.PathLike[str], *, marker: bytes | N
         raise VarpiError(f"{option} {path}: is in the way ({error.strerror or error}); choose another") from error
     if not ours:
         raise VarpiError(f"{option} {path}: holds something else and is not replaced; choose another")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds. Raises VarpiError for one that cannot be read, is not JSON, or is nested too deeply."""
+    try:
+        with open_regular(path) as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise VarpiError(f"{path}: cannot be read as JSON ({line(error)})") from error
 
 
 def line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
-"""Repositories of the Hugging Face Hub, downloaded file by file into its cache, or found there without a network."""
+"""Repositories of the Hugging Face Hub, downloaded into its cache, or found there without a network."""
 
+import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +40,24 @@ class Repository:
                 ) from error
             self.names = [entry.name for entry in self._cached.iterdir()]
 
-    def file(self, name: str) -> Path:
-        """Where a file of the repository lies, downloaded if need be."""
+    def download(self, names: Sequence[str]) -> Path:
+        """The folder that holds these files of the repository, downloaded if need be."""
         import huggingface_hub as hub
 
-        if self._cached is not None:
-            if not (self._cached / name).is_file():
-                raise VarpiError(f"{self.where}: the Hub cannot be reached, and its cache does not hold {name!r}")
-            return self._cached / name
-        try:
-            return Path(hub.hf_hub_download(self.repo, name, revision=self.revision))
-        except Exception as error:
-            self._refuse(error, name)
-            raise VarpiError(f"{self.where}: {name} cannot be downloaded ({type(error).__name__}: {error})") from error
+        folder = self._cached
+        if folder is None:
+            patterns = [glob.escape(name) for name in names]
+            try:
+                folder = Path(hub.snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns))
+            except Exception as error:
+                self._refuse(error)
+                raise VarpiError(f"{self.where}: cannot be downloaded ({type(error).__name__}: {error})") from error
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            where = "the Hub cannot be reached, and its cache does not hold" if self._cached else "the Hub has no file"
+            raise VarpiError(f"{self.where}: {where} {absent[0]!r}")
+        return folder
 
-    def _refuse(self, error: Exception, name: str = "") -> None:
+    def _refuse(self, error: Exception) -> None:
         """Raise what the Hub itself said; return when it is the network, whose exceptions differ by version."""
         from huggingface_hub import errors
 
@@ -62,8 +67,6 @@ class Repository:
             message = f"the Hub's {self.repo} has no revision {self.revision!r}"
         elif isinstance(error, errors.RepositoryNotFoundError):
             message = "no such file or directory here and no such repository on the Hub"
-        elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            message = f"the Hub's {self.repo} has no file {name!r}"
         else:
             return
         raise VarpiError(f"{self.where}: {message}") from error

@@ -1,15 +1,13 @@
-"""Checkpoint files: finding them, and reading them without trusting them."""
+"""Checkpoint files: reading them without trusting them, and writing them so that equal content gives equal bytes."""
 
 import argparse
 import hashlib
-import importlib.resources
 import json
 import os
 import pickle
 import re
-import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,31 +16,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
-from varpi.runtime import hub
-from varpi.runtime.files import line
+from varpi.runtime.files import line, open_regular, read_json
+from varpi.runtime.sources import Source, few, find, shards_of
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
-"""A file, a directory, a Hub id ("org/name[@revision][:file]"), or a state dict."""
-
-EMBEDDED = ("digits",)
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WRAPPERS = ("model", "module", "state_dict")
-PREFIXES = ("module.", "_orig_mod.", "gpt_model.")
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What lies beside the weights of a transformers model and belongs to it."""
+WRAPPED = 8
+"""Wrappers inside each other."""
+PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|gpt_model\.)+")
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What the safetensors format calls them."""
 
 
 class Checkpoint(NamedTuple):
@@ -58,13 +51,10 @@ class Checkpoint(NamedTuple):
     def config(self) -> dict[str, Any]:
         """The config.json beside the weights of a transformers model; empty where there is none."""
         path = self.folder / "config.json" if self.folder is not None else None
-        if path is None or not path.is_file():
+        if path is None or not os.path.lexists(path):
             return {}
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise VarpiError(f"{path}: cannot be read as JSON ({line(error)})") from error
-        return config if isinstance(config, dict) and "model_type" in config else {}
+        config = read_json(path)
+        return config if isinstance(config, dict) and isinstance(config.get("model_type"), str) else {}
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -78,112 +68,83 @@ def read_checkpoint(source: Source) -> Checkpoint:
     """
     if isinstance(source, Mapping):
         return Checkpoint(_unwrap(source, "state dict"), {}, None)
+    if not isinstance(source, str | os.PathLike):
+        raise VarpiError(f"a checkpoint is a path, a Hub id or a state dict, not of type {type(source).__name__}")
     path = find(source)
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str] = {}
     if path.name.endswith(".index.json"):
-        tensors = _read_shards(path)
+        content = _read_shards(path)
     elif path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
+        content, metadata = _read_safetensors(path)
     else:
-        tensors = _read_pickle(path)
-    return Checkpoint(_unwrap(tensors, path), metadata or {}, path.parent)
+        content = _read_pickle(path)
+    tensors = _unwrap(content, path)
+    for name, tensor in tensors.items():
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise VarpiError(f"{path}: {name} has shape {tuple(tensor.shape)}, more than the file holds")
+    return Checkpoint(tensors, metadata, path.parent)
 
 
-def find(source: str | os.PathLike[str]) -> Path:
-    """The one file that `source` means: a weights file or the index of a sharded one."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = [entry.name for entry in path.iterdir() if entry.is_file()]
-        return path / _choose(files, f"{source}", f"{path}{os.sep}<file>")
-    if path.is_file():
-        if path.suffix not in SUFFIXES and not path.name.endswith(".index.json"):
-            raise VarpiError(f"{source}: not a checkpoint file; the name must end in one of {', '.join(SUFFIXES)}")
-        return path
-    match = hub.ID.fullmatch(os.fspath(source))
-    if match and Path(match["repo"]).suffix not in SUFFIXES:
-        return _download(match["repo"], match["revision"], match["file"])
-    raise VarpiError(
-        f"{source}: no such file or directory, and neither a Hub id (org/name[@revision][:file]) nor an embedded pair "
-        f"({', '.join(EMBEDDED)})"
-    )
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write dense tensors of the CPU as safetensors; the same tensors and metadata give the same bytes.
+
+    The safetensors package orders the metadata anew in each process.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that each lies aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in order:
+        tensor, begin = tensors[name], end
+        if tensor.dtype not in DTYPES:
+            raise VarpiError(f"{path}: {name} is {tensor.dtype}, which cannot be written")
+        end += tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
 
 
-def embedded(name: str, kind: str) -> Path:
-    """The package's own weights: of the pair `name`, the "generator", the "tokenizer" or the "judge"."""
-    path = Path(str(importlib.resources.files("varpi.embedded") / f"{name}-{kind}.safetensors"))
-    if not path.is_file():
-        raise VarpiError(f"{path}: the embedded {kind} {name!r} is not in this installation; install varpi again")
-    return path
-
-
-def _choose(files: Iterable[str], where: str, how: str) -> str:
-    """Among the names in a directory, the file to load."""
-    files = sorted(files)
-    for preferred in ("model.safetensors", "consolidated.pth"):
-        if preferred in files:
-            return preferred
-    for endings in ((".safetensors.index.json",), (".bin.index.json",), SUFFIXES):
-        candidates = [name for name in files if name.endswith(endings)]
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            raise VarpiError(f"{where}: holds {len(candidates)} checkpoints ({few(candidates)}); name one: {how}")
-    raise VarpiError(f"{where}: holds no checkpoint (*{', *'.join(SUFFIXES)})")
-
-
-def _download(repo: str, revision: str | None, file: str | None) -> Path:
-    """The weights file of a Hub repository, with what belongs to it beside it."""
-    repository = hub.Repository(repo, revision)
-    top = [name for name in repository.names if "/" not in name]
-    path = repository.file(file or _choose(top, repository.where, f"{repository.where}:<file>"))
-    if path.name.endswith(".index.json"):
-        for shard in _shards(path):
-            repository.file(f"{Path(file).parent / shard}" if file else shard)
-    for name in SIDE_FILES:
-        if name in top:
-            repository.file(name)
-    return path
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise VarpiError(f"{path}: not a readable safetensors file, truncated perhaps ({line(error)})") from error
 
 
-def _shards(index: Path) -> list[str]:
-    """The file names that the index of a sharded checkpoint lists."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise VarpiError(f"{index}: not a readable index of a sharded checkpoint ({line(error)})") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise VarpiError(f"{index}: lists {name!r}, which is not the name of a file beside it")
-    return names
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in _shards(index):
+def _read_shards(index: Path) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    shards = shards_of(index)
+    for name in shards:
         shard = index.parent / name
-        if not shard.is_file():
+        if not os.path.isfile(shard):
             raise VarpiError(f"{index}: its shard {name} is missing")
-        tensors |= _read_safetensors(shard)[0] if shard.suffix == ".safetensors" else _read_pickle(shard)
-    listed = json.loads(index.read_text())["weight_map"]
-    if absent := [key for key in listed if key not in tensors]:
+        content |= _read_safetensors(shard)[0] if shard.suffix == ".safetensors" else _read_pickle(shard)
+    if absent := [tensor for listed in shards.values() for tensor in listed if tensor not in content]:
         raise VarpiError(f"{index}: {len(absent)} listed tensors are in no shard: {few(absent)}")
-    return tensors
+    return content
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path) -> dict[Any, Any]:
     """A file of `torch.save`, of which only plain data is let in; memory-mapped where its format allows."""
+    damaged = f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all"
     try:
+        with open_regular(path) as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch tells it
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                # torch.save never compresses; what inflates could take any amount of memory
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise VarpiError(f"{path}: claims to hold more than its {path.stat().st_size:,} bytes; refused")
         # LlamaGen's trainers store their argparse.Namespace beside the weights: plain data, so let it pass.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except VarpiError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if found:
@@ -191,39 +152,35 @@ def _read_pickle(path: Path) -> dict[str, Any]:
                 f"{path}: holds {found[1]}, not only plain tensors, and is refused, for loading it could run code; "
                 "save its state dict alone, best as .safetensors"
             ) from error
-        raise VarpiError(f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all") from error
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        struct.error,
-    ) as error:
-        # What the unpickler raises on arbitrary bytes is not specified.
-        raise VarpiError(f"{path}: not a readable PyTorch checkpoint: damaged, truncated, or not one at all") from error
+        raise VarpiError(damaged) from error
+    except Exception as error:  # what the unpickler raises on arbitrary bytes is not specified
+        raise VarpiError(damaged) from error
     if not isinstance(content, Mapping):
         raise VarpiError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return dict(content)
 
 
-def _unwrap(content: Mapping[str, Any], where: object) -> dict[str, Tensor]:
+def _unwrap(content: Mapping[Any, Any], where: object) -> dict[str, Tensor]:
     """The dictionary of tensors inside its wrappers, under names without prefixes."""
+    depth = 0
     while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None):
-        content = content[wrapper]
+        content, depth = content[wrapper], depth + 1
+        if depth > WRAPPED:
+            raise VarpiError(f"{where}: its tensors lie more than {WRAPPED} dictionaries deep, or it holds itself")
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
+        if not isinstance(name, str):
+            raise VarpiError(f"{where}: has an entry called {name!r:.80}; the names of tensors are strings")
         if not isinstance(value, Tensor):
             raise VarpiError(
-                f"{where}: entry {name!r} is a {type(value).__name__}, not a tensor; a checkpoint is a dictionary of "
-                f"tensors, by itself or under one of {', '.join(map(repr, WRAPPERS))}"
+                f"{where}: entry {name!r:.80} is a {type(value).__name__}, not a tensor; a checkpoint is a dictionary "
+                f"of tensors, by itself or under one of {', '.join(map(repr, WRAPPERS))}"
             )
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise VarpiError(f"{where}: {name} is not a dense tensor with its numbers")
         plain = name.replace("._orig_mod.", ".")
-        while prefix := next((prefix for prefix in PREFIXES if plain.startswith(prefix)), None):
-            plain = plain.removeprefix(prefix)
+        if prefixes := PREFIXES.match(plain):
+            plain = plain[prefixes.end() :]
         if plain in tensors:
             raise VarpiError(f"{where}: two entries are called {plain!r} once prefixes such as 'module.' are taken off")
         tensors[plain] = value
@@ -238,11 +195,6 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def few(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
-
-
 def fill(
     model: nn.Module,
     tensors: dict[str, Tensor],
@@ -250,15 +202,21 @@ def fill(
     where: str,
     said: str,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
 ) -> None:
     """Give a model on the meta device its weights: all of them, and none left over. Empties `tensors`.
 
     Each tensor is copied by itself, so that only one copy of a mapped file is ever in memory and nothing the model does
     reaches the source.
     """
-    if not dtype.is_floating_point:
-        raise VarpiError(f"dtype is {dtype}; weights need a floating-point one")
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise VarpiError(f"dtype is {dtype}; weights need a floating-point one, such as torch.float32 or 'bfloat16'")
+    dtype = named
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise VarpiError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
     expected = {name_in_file(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
     problems = {
         "missing": [name for name in expected if name not in tensors],

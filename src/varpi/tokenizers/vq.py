@@ -7,53 +7,18 @@ vectors.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
+from varpi.runtime.pretrained import Assembled, Family, Pretrained
+from varpi.tokenizers.tokenizer import Tokenizer
+from varpi.tokenizers.vq_files import ARCHITECTURES, VQConfig, config_from
 
-MULTIPLIERS: dict[int, tuple[int, ...]] = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4), 4: (1, 2, 4)}
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """The shape of a VQ tokenizer; the defaults are VQ-16's."""
-
-    downsample: int = 16
-    channels: int = 128
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    channel_multipliers: tuple[int, ...] | None = None
-    """Width of each resolution level, in units of `channels`; by default that of the released VQ-16 and VQ-8."""
-    latent_channels: int = 256
-    norm_groups: int = 32
-    encoder_blocks: int = 2
-    decoder_blocks: int = 3
-
-    def __post_init__(self) -> None:
-        if self.channel_multipliers is None:
-            if self.downsample not in MULTIPLIERS:
-                raise VarpiError(
-                    f"VQConfig: no default channel_multipliers for downsample {self.downsample}; give them"
-                )
-            object.__setattr__(self, "channel_multipliers", MULTIPLIERS[self.downsample])
-        object.__setattr__(self, "channel_multipliers", tuple(self.multipliers))
-        if 2 ** (len(self.multipliers) - 1) != self.downsample:
-            raise VarpiError(
-                f"VQConfig: {len(self.multipliers)} channel_multipliers down-sample by "
-                f"{2 ** (len(self.multipliers) - 1)}, not by {self.downsample}"
-            )
-        for width in (self.channels * m for m in self.multipliers):
-            if width < 1 or width % self.norm_groups:
-                raise VarpiError(f"VQConfig: {width} channels do not divide into {self.norm_groups} norm groups")
-
-    @property
-    def multipliers(self) -> tuple[int, ...]:
-        assert self.channel_multipliers is not None
-        return self.channel_multipliers
+__all__ = ["FAMILY", "VQ", "VQConfig"]
 
 
 class ResnetBlock(nn.Module):
@@ -221,8 +186,10 @@ class Codebook(nn.Module):
         return torch.cat(tokens).view(latents.shape[:-1])
 
 
-class VQ(nn.Module):
+class VQ(Tokenizer):
     """The tokenizer."""
+
+    family: ClassVar[str] = "vq"
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -234,6 +201,9 @@ class VQ(nn.Module):
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
+
+    def original_content(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {"model": tensors}
 
     def latents(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [-1,1] to latents (B,C,h,w), before quantization."""
@@ -276,3 +246,15 @@ class VQ(nn.Module):
         tokens = self.quantize.nearest(latents.detach().permute(0, 2, 3, 1))
         codes = F.embedding(tokens, self.quantize.unit_codes()).permute(0, 3, 1, 2)
         return self.decode_codes(latents + (codes - latents).detach()), latents, codes
+
+
+def assemble(source: Pretrained) -> Assembled:
+    """The tokenizer on the meta device, and its weights."""
+    config, said = config_from(source)
+    with torch.device("meta"):
+        return Assembled(VQ(config), source.tensors, said)
+
+
+FAMILY = Family(
+    "vq", ARCHITECTURES, tokenizer=assemble, known_by=("quantize.embedding.weight",), config=VQConfig, build=VQ
+)

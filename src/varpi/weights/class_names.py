@@ -13,7 +13,7 @@ from varpi.data.stream import StreamBatches
 from varpi.errors import VarpiError
 from varpi.recipe import Recipe
 from varpi.runtime.files import line
-from varpi.runtime.tensors import EMBEDDED, Source, embedded, find
+from varpi.runtime.sources import EMBEDDED, Source, embedded, find
 
 KEY = "classes"
 """Of the metadata of a safetensors file: a JSON list of names, in the order of the ids."""

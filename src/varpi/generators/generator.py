@@ -1,0 +1,80 @@
+"""What a generator is: an autoregressive transformer over an image's grid of discrete tokens.
+
+Shapes: B images, N tokens per image (row-major grid), V vocabulary, L condition tokens.
+
+A *condition* is opaque outside the generator that understands it: it has a length, can be indexed with a slice or an
+index tensor, moved with `.to(device)` and concatenated with `concat_conditions`. Class ids are a plain int64 tensor.
+`prepare_condition` makes one from what data gives: class ids, captions, or caption features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varpi.runtime.pretrained import Stored
+
+
+class Generator(Stored, ABC):
+    """What methods, sampling and checkpoints are written against."""
+
+    vocab_size: int
+    grid: int
+    """Tokens per side."""
+    num_tokens: int
+    num_classes: int | None
+    """Classes it knows; None: it is conditioned on text."""
+    blocks: nn.ModuleList
+    """The transformer's layers: what is sharded, checkpointed and adapted by itself."""
+    class_names: tuple[str, ...] | None = None
+    """Names of its classes by id, as far as they are known; saved with its weights."""
+    caption_features: tuple[int, int] | None = None
+    """(L,C) of the caption features that it reads: most tokens, width. None: it reads none."""
+    text_encoder: Callable[[Sequence[str]], list[Tensor]] | None = None
+    """For one that reads caption features: captions to features float (L,C) of valid tokens only."""
+    gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, tokens: Tensor, condition: Any) -> Tensor:
+        return self.logits(tokens, condition)
+
+    @abstractmethod
+    def logits(self, tokens: Tensor, condition: Any) -> Tensor:
+        """Teacher-forced float32 logits (B,N,V): position i predicts tokens[:, i] and sees only tokens[:, :i]."""
+
+    @abstractmethod
+    def prepare_condition(self, condition: Any) -> Any:
+        """The generator's own condition, on its device, from one of these or from a batch of what data gives.
+
+        Data gives class ids (int64 (B,) or a list), captions (a list of B strings), or caption features (a list of B
+        floating-point tensors (L,C) of valid tokens only). Raises VarpiError for what the generator cannot use.
+        """
+
+    @abstractmethod
+    def drop_condition(self, condition: Any, drop: Tensor) -> Any:
+        """The condition with the null condition wherever `drop` (B,) is true."""
+
+    @abstractmethod
+    def new_cache(self, batch_size: int) -> Any:
+        """A static key-value cache for `batch_size` sequences."""
+
+    @abstractmethod
+    def prefill(self, condition: Any, cache: Any) -> Tensor:
+        """Float32 logits (B,V) of image token 0; fills the cache with the condition."""
+
+    @abstractmethod
+    def decode_step(self, tokens: Tensor, position: int, cache: Any) -> Tensor:
+        """Consume image token number `position` (B,); float32 logits (B,V) of the next one."""
+
+
+def concat_conditions(first: Any, second: Any) -> Any:
+    """`first` followed by `second`, along the batch."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    return first.concat(second)
