@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from varpi.errors import VarpiError
 from varpi.recipes import shipped_recipes
+from varpi.runtime.files import read_json
 from varpi.runtime.strict_yaml import check_extent, parse_yaml
 
 LARGEST_FILE = 2**20
@@ -35,10 +36,24 @@ def _number(value: Any) -> Any:
     return value
 
 
+def read_architecture(architecture: str | None) -> str | dict[str, Any] | None:
+    """The fields of a configuration in a JSON file, where the name ends in .json; any other name as it is.
+
+    Raises VarpiError for a file that cannot be read or holds something else.
+    """
+    if architecture is None or not architecture.endswith(".json"):
+        return architecture
+    fields = read_json(Path(architecture).expanduser())
+    if not isinstance(fields, dict):
+        raise VarpiError(f"{architecture}: is a JSON {type(fields).__name__}, not the fields of a configuration")
+    check_extent(fields)
+    return fields
+
+
 def _name_or_fields(value: Any) -> Any:
     if not isinstance(value, str | dict):
         raise ValueError("must be a name or a mapping of fields")
-    return value
+    return read_architecture(value) if isinstance(value, str) else value
 
 
 Int = Annotated[int, BeforeValidator(_whole_number)]
@@ -62,7 +77,8 @@ class GeneratorSection(Section):
     source: str | None = None
     """Checkpoint file, directory, Hub id or embedded name; none: freshly initialized from `architecture`."""
     architecture: Architecture | None = None
-    """A name such as llamagen-c2i-xxl, or the fields of LlamaGenConfig; none: what the checkpoint says."""
+    """A name such as llamagen-c2i-xxl, or the fields of LlamaGenConfig, here or in a .json file; none: what the
+    checkpoint says."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] | None = None
     """Replaces the checkpoint's dropout rate."""
     text_encoder: str | None = None
@@ -75,7 +91,7 @@ class TokenizerSection(Section):
     source: str | None = None
     """Checkpoint file, directory, Hub id or embedded name; none: freshly initialized from `architecture`."""
     architecture: Architecture | None = None
-    """A name such as vq-16, or the fields of VQConfig; none: what the checkpoint says."""
+    """A name such as vq-16, or the fields of VQConfig, here or in a .json file; none: what the checkpoint says."""
 
 
 class DataSection(Section):

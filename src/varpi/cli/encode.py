@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         "data", metavar="DATA", help="folder of class folders, HF dataset, parquet, Hub id, or `digits`"
     )
     parser.add_argument("--tokenizer", required=True, help="checkpoint, Hub id, or `digits`")
-    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
+    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16, vq-8, or a .json file")
     parser.add_argument("--image-size", type=int, required=True, help="pixels per side")
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
@@ -71,6 +71,7 @@ def _encode_images(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from varpi.data import BadImage, Dropped, open_dataset
+    from varpi.recipe import read_architecture
     from varpi.runtime.files import check_output, write_aside
     from varpi.runtime.processes import choose_device
     from varpi.weights import load_tokenizer
@@ -82,7 +83,9 @@ def _encode_images(options: argparse.Namespace) -> None:
         raise VarpiError(f"--image-size is {options.image_size}; it must be from 1 to {2**14}")
     check_output("--output", options.output)
     dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
-    tokenizer = load_tokenizer(options.tokenizer, architecture=options.tokenizer_architecture, device=device)
+    tokenizer = load_tokenizer(
+        options.tokenizer, architecture=read_architecture(options.tokenizer_architecture), device=device
+    )
     tokens, classes, indices = [], [], []
     for start in range(0, len(dataset), options.batch_size):
         images = []

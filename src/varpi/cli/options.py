@@ -39,8 +39,11 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", help="checkpoint, Hub id, or `digits` (default: the run's; a transformers model brings its own)"
     )
-    parser.add_argument("--architecture", help="of a foreign generator, for instance llamagen-c2i-xxl")
-    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16 or vq-8")
+    parser.add_argument(
+        "--architecture",
+        help="of a foreign generator: a name such as llamagen-c2i-xxl, or a .json file of LlamaGenConfig's fields",
+    )
+    parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16, vq-8, or a .json file")
     parser.add_argument("--image-size", type=int, help="pixels per side; needed for LlamaGen's own files")
     parser.add_argument(
         "--text-encoder", help="T5 directory or Hub id, for LlamaGen with captions (default: the run's, if it has one)"
@@ -50,14 +53,15 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
 
 def load_pair(options: argparse.Namespace) -> Any:
     """The `Pair` that the options name."""
+    from varpi.recipe import read_architecture
     from varpi.runtime.processes import choose_device
     from varpi.weights.pair import open_pair
 
     return open_pair(
         options.generator,
         tokenizer=options.tokenizer,
-        architecture=options.architecture,
-        tokenizer_architecture=options.tokenizer_architecture,
+        architecture=read_architecture(options.architecture),
+        tokenizer_architecture=read_architecture(options.tokenizer_architecture),
         image_size=options.image_size,
         text_encoder=options.text_encoder,
         device=choose_device(options.device),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators import Generator
+from varpi.runtime.memory import check_memory
 from varpi.runtime.pretrained import Pretrained, Stored, config_of
 from varpi.runtime.sources import EMBEDDED, Source, embedded
 from varpi.runtime.tensors import fill, read_checkpoint
@@ -94,6 +95,9 @@ def fresh(kind: Part, architecture: Architecture, what: str) -> Stored:
         architecture = config_of(family.config, architecture, what)
     if not isinstance(architecture, family.config):
         raise VarpiError(f"{what} must list the fields of {family.config.__name__} to start afresh")
+    with torch.device("meta"):
+        size = sum(parameter.nbytes for parameter in family.build(architecture).parameters())
+    check_memory(size, f"the weights of {what}")
     return family.build(architecture)
 
 
