@@ -89,7 +89,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     method = VaPi(
         generator,
         tokenizer,
-        recipe.method,  # pyright: ignore[reportArgumentType]  (VA-π's, as written above)
+        recipe.method,
         precision="bf16",
         perceptual=perceptual,
         device=device,

@@ -39,6 +39,7 @@ from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen
 from varpi.methods import Outcome
+from varpi.methods.rewards import pixel_rewards
 from varpi.methods.va_pi import Rollout, VaPi
 from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
@@ -67,16 +68,17 @@ class Naive(VaPi):
         targets, context, condition = self._teach(batch, step)
         with self.stages("transformer"), torch.no_grad():
             self.model.eval()
-            logits = self._logits(self.model, context, condition)
+            logits = self.logits(self.model, context, condition)
         samples = self._sample(logits, batch, step)
-        rewards = self._rewards(samples, batch.images)
+        with self.stages("reward"):
+            rewards = pixel_rewards(settings.reward, self.tokenizer, samples, batch.images, self.perceptual)
         advantages = objective.group_advantages(rewards.total, clip=settings.advantage_clip)
         with self.stages("loss"), torch.no_grad():
             old = objective.token_log_probs(logits, samples).flatten(0, 1)
         with self.stages("transformer"):
             self.model.train(settings.policy_mode == "train")
             context, condition = context.repeat_interleave(copies, 0), condition.repeat_interleave(copies, 0)
-            logits = self._logits(self.model, context, condition)
+            logits = self.logits(self.model, context, condition)
         with self.stages("loss"):
             tokens = torch.stack([samples.flatten(0, 1), targets.repeat_interleave(copies, 0)], dim=1)
             log_probs = objective.token_log_probs(logits, tokens)
@@ -123,7 +125,7 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
     method = kind(
         generator,
         tokenizer,
-        recipe.method,  # pyright: ignore[reportArgumentType]  (VA-π's, as written below)
+        recipe.method,
         precision=recipe.training.precision,
         perceptual=perceptual,
         device=device,

@@ -71,7 +71,7 @@ def photographs(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 6) -
 
 
 def make(folder: Path) -> Path:
-    """Fill `folder` with the pair (*.safetensors), images/{train,val}, va_pi.yaml and next_token.yaml."""
+    """Fill `folder` with the pair (*.safetensors), images/{train,val} and a recipe for each method."""
     save_generator(generator(), folder / "generator.safetensors")
     save_tokenizer(tokenizer(), folder / "tokenizer.safetensors")
     images(folder / "images" / "train")
@@ -85,7 +85,9 @@ def make(folder: Path) -> Path:
         "seed": 5,
     }
     va_pi = {"name": "va_pi", "group_size": 4, "context_noise": 0.2, "reward": {"perceptual_weight": 0}}
-    for name, method in {"va_pi": va_pi, "next_token": {"name": "next_token"}}.items():
+    ste = {"name": "ste", "reward": {"perceptual_weight": 0}}
+    plain = {name: {"name": name} for name in ("next_token", "cca", "gft")}
+    for name, method in {"va_pi": va_pi, "ste": ste, **plain}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"method": method, **common}))
     return folder
 

@@ -80,7 +80,7 @@ def test_trains_from_a_recipe(scaled: Path, pair: Path, tmp_path: Path) -> None:
     [
         (["method.facto=1"], "unknown key method.facto; did you mean factor?"),
         (["method.factor=-1"], "method.factor is -1; it must be greater than or equal to 0"),
-        (["method.name=scald"], "method.name is 'scald'; it must be one of 'classifier', 'next_token', 'scaled', "),
+        (["method.name=scald"], "method.name is 'scald'; it must be one of 'cca', 'classifier', 'gft', "),
         (["training.batch_size=7"], "method scaled dislikes batches of 7"),
         (["tokenizer=null"], "method scaled needs a tokenizer"),
         (["training.updates_per_batch=2"], "training.updates_per_batch is 2, but method scaled has no rollouts"),

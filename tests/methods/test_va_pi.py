@@ -320,7 +320,7 @@ def test_weight_zero_loads_nothing(pair: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("must not be loaded")
 
     monkeypatch.setattr("varpi.methods.rewards.load_perceptual", refuse)
-    monkeypatch.setattr("varpi.methods.va_pi.open_generator", refuse)
+    monkeypatch.setattr("varpi.methods.teacher_forcing.open_generator", refuse)
     for settings in (
         ("method.prior_weight=0", "method.prior=kl"),
         ("method.prior_weight=0",),

@@ -147,3 +147,15 @@ def test_conv_distance_separates_images_and_freeze_the_network():
     assert perceptual.distance(maps, maps).tolist() == [0.0] * 4
     assert (perceptual.distance(maps, [one.flip(0) for one in maps]) > 0).all()
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_error_maps_add_up_to_the_distance(pair: tuple[LPIPS, lpips.LPIPS]):
+    ours, _ = pair
+    small = ConvPerceptual(SmallConvNet((8, 16)))
+    a, b = torch.rand(4, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+    for network in (ours, small):
+        left, right = network.maps(a), network.maps(b)
+        maps = network.error_maps(left, right)
+        assert [layer.shape for layer in maps] == [(4, *layer.shape[2:]) for layer in left]
+        total = torch.stack([layer.mean(dim=(1, 2)) for layer in maps]).sum(dim=0)
+        torch.testing.assert_close(total, network.distance(left, right))

@@ -7,7 +7,7 @@ import torch
 from golden import golden
 
 from varpi.errors import VarpiError
-from varpi.objective import group_advantages
+from varpi.objective import group_advantages, local_advantages
 
 
 def test_hand_worked():
@@ -89,3 +89,22 @@ def test_one_sample_is_no_group():
 def test_original_implementation():
     values, _ = golden("llamagen_c2i_small")
     assert torch.allclose(group_advantages(values["rewards"]), values["advantages"], atol=1e-5)
+
+
+def test_local_advantages_by_hand():
+    # Two samples, 2 x 2 tokens: every 3 x 3 neighbourhood, cut off at the border, is the whole grid.
+    maps = torch.tensor([[[0.0, 0.0, 0.0, 4.0], [0.0, 0.0, 0.0, 0.0]]])
+    expected = torch.tensor([1.0, -1.0]) / math.sqrt(2)  # the z-scores of (1, 0), with the unbiased deviation
+    torch.testing.assert_close(local_advantages(maps), expected[None, :, None].expand(1, 2, 4))
+
+
+def test_local_advantages_see_only_their_neighbourhood():
+    maps = torch.zeros(1, 2, 16)
+    maps[0, 0, 0] = 1.0  # a corner of 4 x 4: tokens within one row and column of it are better in sample 0
+    found = local_advantages(maps)[0].unflatten(1, (4, 4))
+    assert (found[0, :2, :2] > 0.7).all()
+    assert (found[1, :2, :2] < -0.7).all()
+    assert (found[:, 2:] == 0).all()
+    assert (found[:, :, 2:] == 0).all()
+    with pytest.raises(VarpiError, match="no square grid"):
+        local_advantages(torch.zeros(1, 2, 3))

@@ -7,7 +7,7 @@ from torch import Tensor
 from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet
 from varpi.networks.perceptual import ConvPerceptual
-from varpi.objective import RewardWeights, score_samples
+from varpi.objective import RewardWeights, score_codes, score_samples
 
 
 class MeanColor:
@@ -128,3 +128,56 @@ def test_contradictions_are_refused():
         score_samples(Decoder(), samples, torch.zeros(1, 3, 4, 4), RewardWeights(1.0, 0.0))
     with pytest.raises(VarpiError, match="samples of 1 images, but 2 images"):
         score_samples(Decoder(), samples, torch.zeros(2, 3, 2, 2), RewardWeights(1.0, 0.0))
+
+
+def test_maps_by_hand():
+    # Token t decodes to the gray value t / 10 at its own pixel; black target; mse 2, l1 1.
+    samples = torch.tensor([[[1, 0, 0, 0], [0, 0, 0, 20]]])
+    rewards = score_samples(Decoder(), samples, torch.zeros(1, 3, 2, 2), RewardWeights(2.0, 0.0, 1.0), local=True)
+    assert rewards.maps is not None
+    expected = torch.tensor([[[-(2 * 0.01 + 0.1), 0, 0, 0], [0, 0, 0, -(2 * 4.0 + 2.0)]]])
+    torch.testing.assert_close(rewards.maps, expected)
+    torch.testing.assert_close(rewards.maps.mean(dim=2), rewards.total)
+
+
+def test_maps_add_up_to_the_reward_with_a_perceptual_distance():
+    torch.manual_seed(0)
+    perceptual = ConvPerceptual(SmallConvNet((8, 8, 8)))
+    samples, images = torch.randint(20, (2, 3, 16)), torch.randn(2, 3, 8, 8)
+
+    def decode(tokens: Tensor) -> Tensor:
+        gray = (tokens / 10).view(-1, 1, 4, 4).expand(-1, 3, 4, 4)
+        return gray.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    weights = RewardWeights(1.0, 1.0, 0.5)
+    plain = score_samples(decode, samples, images, weights, perceptual=perceptual)
+    assert plain.maps is None
+    for chunk in (1, 2, 6):
+        found = score_samples(decode, samples, images, weights, perceptual=perceptual, chunk=chunk, local=True)
+        assert found.maps is not None
+        torch.testing.assert_close(found.total, plain.total)
+        # Layers of 8, 4 and 2 places a side meet a grid of 4: their means are kept
+        torch.testing.assert_close(found.maps.mean(dim=2), found.total)
+
+
+def test_codes_have_the_rewards_of_their_tokens_and_finite_difference_gradients():
+    torch.manual_seed(1)
+    perceptual = ConvPerceptual(SmallConvNet((8, 8)))
+    weights, images = RewardWeights(1.0, 1.0, 0.5), torch.randn(2, 3, 8, 8)
+    codes = torch.randn(2, 3, 3, 4, 4)
+
+    def decode(piece: Tensor) -> Tensor:
+        return piece.tanh().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    whole, gradients = score_codes(decode, codes, images, weights, perceptual=perceptual, chunk=6)
+    for chunk in (1, 2, 4):
+        found, others = score_codes(decode, codes, images, weights, perceptual=perceptual, chunk=chunk)
+        torch.testing.assert_close(found.total, whole.total)
+        torch.testing.assert_close(others, gradients)
+    nudged = codes.clone()
+    nudged[1, 2, 0, 3, 1] += 1e-2  # place 13 of its grid
+    other, _ = score_codes(decode, nudged, images, weights, perceptual=perceptual)
+    change = other.total - whole.total
+    assert change[1, 2].item() == pytest.approx(-1e-2 * gradients[1, 2, 13, 0].item(), rel=0.2)
+    change[1, 2] = 0
+    assert change.abs().max() < 1e-6

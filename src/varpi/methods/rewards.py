@@ -3,6 +3,7 @@
 B images, G samples per image, N tokens per image.
 """
 
+import math
 from typing import Literal, Self
 
 import torch
@@ -53,15 +54,46 @@ def load_reward_network(reward: Reward, device: str) -> Perceptual | None:
 
 @torch.no_grad()
 def pixel_rewards(
-    reward: Reward, tokenizer: Tokenizer, samples: Tensor, images: Tensor, perceptual: Perceptual | None
+    reward: Reward,
+    tokenizer: Tokenizer,
+    samples: Tensor,
+    images: Tensor,
+    perceptual: Perceptual | None,
+    *,
+    local: bool = False,
 ) -> objective.Rewards:
-    """Rewards of samples, int64 (B,G,N), against their images (B,3,H,W) in [-1,1], decoded in `reward.precision`."""
+    """Rewards of samples, int64 (B,G,N), against their images (B,3,H,W) in [-1,1], decoded in `reward.precision`.
+
+    local: also their maps, see `objective.score_samples`.
+    """
     with autocast(images.device, reward.precision):
         return objective.score_samples(
             tokenizer.decode,
             samples,
             images,
-            objective.RewardWeights(reward.mse_weight, reward.perceptual_weight, reward.l1_weight),
+            _weights(reward),
+            perceptual=perceptual,
+            chunk=reward.decode_batch,
+            local=local,
+        )
+
+
+def code_rewards(
+    reward: Reward, tokenizer: Tokenizer, samples: Tensor, images: Tensor, perceptual: Perceptual | None
+) -> tuple[objective.Rewards, Tensor]:
+    """As `pixel_rewards`, with the errors' gradients at the samples' code vectors, float32 (B,G,N,C)."""
+    side = math.isqrt(samples.shape[-1])
+    codes = tokenizer.code_vectors()[samples].transpose(2, 3).unflatten(3, (side, side))
+    with autocast(images.device, reward.precision):
+        return objective.score_codes(
+            tokenizer.decode_codes,
+            codes,
+            images,
+            _weights(reward),
             perceptual=perceptual,
             chunk=reward.decode_batch,
         )
+
+
+def _weights(reward: Reward) -> objective.RewardWeights:
+    return objective.RewardWeights(reward.mse_weight, reward.perceptual_weight, reward.l1_weight)

@@ -3,12 +3,14 @@
     images -> encode x* -> corrupt x̃* -> logits (the only transformer pass) -> sample G -> decode -> reward
            -> group advantage -> clipped policy loss + β · cross-entropy(x* | x̃*), both from the same logits
 
+Beyond the paper, each a setting: `credit: local` gives every token its own advantage, `estimator: first_order` takes
+the error's gradient at the decoded codes in place of the policy term, `prior: guided` distils guidance into the prior.
+
 What it leaves out of the released code: repeating each image G times through the transformer (all G samples share
 one context, so one set of logits serves them all), and the reference model that the released code runs without using.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -19,15 +21,12 @@ from varpi import objective
 from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
-from varpi.methods.rewards import Reward, load_reward_network, pixel_rewards
+from varpi.methods.rewards import Reward, code_rewards, load_reward_network, pixel_rewards
+from varpi.methods.teacher_forcing import GeneratorMethod, parts
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import Float, Int, MethodSection, Recipe, Section, Share, Weight
-from varpi.runtime.processes import autocast
-from varpi.runtime.randomness import Stream, uniforms
-from varpi.runtime.stages import Stages
+from varpi.runtime.randomness import Stream
 from varpi.tokenizers import Tokenizer
-from varpi.weights import save_generator
-from varpi.weights.pair import load_pair, open_generator
 
 
 class Compat(Section):
@@ -46,12 +45,20 @@ class Settings(MethodSection):
     pretrained = True
     reuses_rollouts = True
 
-    group_size: Annotated[Int, Field(ge=2, le=2**12)] = 8
-    """G, samples per image; advantages are relative to the group."""
+    group_size: Annotated[Int, Field(ge=1, le=2**12)] = 8
+    """G, samples per image; advantages are relative to the group, so that the policy estimator needs at least 2."""
+    estimator: Literal["policy", "first_order"] = "policy"
+    """How the reward reaches the logits: by the clipped policy gradient (Eq. 11), or as the expected error, linear in
+    the decoded code vectors (`varpi.objective.first_order_loss`)."""
+    credit: Literal["image", "local", "mixed"] = "image"
+    """Of the policy estimator: advantages by image (Eq. 4), by token from the error around it, or the mean of both."""
     context_noise: Share = 0.0
     """ξ, probability that a context token is replaced (Eq. 28)."""
-    prior: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """What holds the generator to its data: cross-entropy of true tokens (Eq. 9), or KL to a frozen copy (Fig. 4)."""
+    prior: Literal["cross_entropy", "kl", "guided"] = "cross_entropy"
+    """What holds the generator to its data: cross-entropy of true tokens (Eq. 9), KL to a frozen copy (Fig. 4), or the
+    cross-entropy under the frozen copy's guided distribution."""
+    prior_guidance: Annotated[Float, Field(ge=1)] = 1.5
+    """s, the scale of the guided prior. It moves into the weights: sample without guidance afterwards."""
     prior_weight: Weight = 0.1
     """β (Eq. 11); 0 leaves the prior out, and with it the frozen copy."""
     clip_range: Annotated[Float, Field(gt=0, lt=1)] = 0.2
@@ -71,6 +78,17 @@ class Settings(MethodSection):
             raise ValueError("compat.rollout_in_eval needs policy_mode: train; in eval mode both passes are the same")
         if self.compat.uniform_noise and self.context_noise == 0:
             raise ValueError("compat.uniform_noise is set but context_noise is 0")
+        if self.estimator == "policy" and self.group_size < 2:
+            raise ValueError("group_size is 1; the policy estimator compares at least 2 samples of an image")
+        if self.estimator == "first_order":
+            if self.credit != "image":
+                raise ValueError(f"credit is {self.credit}, but the first_order estimator has no advantages to credit")
+            if self.prior == "kl":
+                raise ValueError("prior is kl, which is estimated on the policy's samples; estimator is first_order")
+            if self.compat.rollout_in_eval:
+                raise ValueError("compat.rollout_in_eval is for ratios, and the first_order estimator has none")
+        if self.prior != "guided" and self.prior_guidance != type(self).model_fields["prior_guidance"].default:
+            raise ValueError(f"prior_guidance is set but prior is {self.prior}")
         return self
 
 
@@ -85,39 +103,32 @@ class Rollout:
     condition: Any
     samples: Tensor
     """Int64 (B,G,N), drawn per position from the teacher-forced posterior."""
-    advantages: Tensor
-    """Float32 (B,G)."""
+    advantages: Tensor | None = None
+    """Float32 (B,G), or (B,G,N) where the credit is not by image; with the policy estimator."""
+    gradients: Tensor | None = None
+    """Float32 (B,G,N,C), of each sample's error at its code vectors; with the first-order estimator."""
     old_log_probs: Tensor | None = None
     """Float32 (B,G,N), of the samples when they were drawn; none until the pass that drew them has been scored."""
     reference_log_probs: Tensor | None = None
     """Float32 (B,G,N), of the samples under the frozen reference; with the KL prior only."""
+    guided_logits: Tensor | None = None
+    """Float32 (B,N,V), the frozen reference's own, guided; with the guided prior only."""
 
 
-class VaPi:
-    """The method. `reference` is the frozen copy for the KL prior and is given only with it."""
+class VaPi(GeneratorMethod):
+    """The method. `reference` is the frozen start for the KL and the guided prior, given only with them."""
 
     def __init__(
         self,
         generator: Generator,
         tokenizer: Tokenizer,
-        settings: Settings,
+        settings: Any,
         *,
-        seed: int = 0,
-        precision: str = "fp32",
         perceptual: Perceptual | None = None,
-        reference: Generator | None = None,
-        device: str = "cpu",
+        **shared: Any,
     ) -> None:
-        self.model: Any = generator
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.seed = seed
-        self.precision = precision
+        super().__init__(generator, tokenizer, settings, **shared)
         self.perceptual = perceptual
-        self.reference = reference
-        self.device = device
-        self.frozen: tuple[Any, ...] = (reference,) if reference is not None else ()
-        self.stages = Stages(device)
 
     def loss(self, batch: Batch, step: int, rollout: Rollout | None = None) -> Outcome:
         """Paper Eq. 9-11 for B images. The first call of a batch samples; later ones reuse its rollout."""
@@ -142,120 +153,115 @@ class VaPi:
         if settings.compat.rollout_in_eval:
             logits = self._logits_in_eval(context, condition)
         samples = self._sample(logits, batch, step)
-        rewards = self._rewards(samples, batch.images)
-        advantages = objective.group_advantages(rewards.total, clip=settings.advantage_clip)
-        rollout = Rollout(targets, context, condition, samples, advantages)
+        rollout = Rollout(targets, context, condition, samples)
+        scored = settings.reward, self.tokenizer, samples, batch.images, self.perceptual
+        with self.stages("reward"):
+            if settings.estimator == "first_order":
+                rewards, rollout.gradients = code_rewards(*scored)
+            else:
+                rewards = pixel_rewards(*scored, local=settings.credit != "image")
+                rollout.advantages = self._advantages(rewards)
         if settings.compat.rollout_in_eval:
             rollout.old_log_probs = objective.token_log_probs(logits, samples)
         if self.reference is not None:
             with self.stages("transformer"), torch.no_grad():
-                reference_logits = self._logits(self.reference, context, condition)
-                rollout.reference_log_probs = objective.token_log_probs(reference_logits, samples)
-        metrics = {
-            "reward_mean": rewards.total.mean(),
-            "reward_std": rewards.total.std(dim=1).mean(),
-            "equal_groups": (advantages == 0).all(dim=1).float().mean(),
-        }
+                reference_logits = self.logits(self.reference, context, condition)
+                if settings.prior == "kl":
+                    rollout.reference_log_probs = objective.token_log_probs(reference_logits, samples)
+                else:  # where an image's condition was dropped both passes are one, and so is their mixture
+                    null_logits = self.logits(self.reference, context, self.null(condition))
+                    rollout.guided_logits = objective.guide(reference_logits, null_logits, settings.prior_guidance)
+        metrics = {"reward_mean": rewards.total.mean()}
+        if settings.group_size > 1:
+            metrics["reward_std"] = rewards.total.std(dim=1).mean()
+        if rollout.advantages is not None:
+            metrics["equal_groups"] = (rollout.advantages == 0).flatten(1).all(dim=1).float().mean()
         return rollout, metrics | {name: part.mean() for name, part in rewards.parts.items()}
 
     def score(self, logits: Tensor, rollout: Rollout) -> Outcome:
-        """The clipped policy term and the prior (Eq. 11) of a rollout; `logits` (B,N,V) carry the gradient."""
+        """The reward's term and the prior (Eq. 11) of a rollout; `logits` (B,N,V) carry the gradient."""
         settings = self.settings
         with self.stages("loss"):
-            # Samples and targets at once, so that the logits get a single gradient.
-            tokens = torch.cat([rollout.samples, rollout.targets[:, None]], dim=1)
+            tokens = rollout.targets[:, None]
+            if rollout.advantages is not None:  # samples and targets at once, so that the logits get a single gradient
+                tokens = torch.cat([rollout.samples, tokens], dim=1)
             log_probs = objective.token_log_probs(logits, tokens)
             log_probs, true_log_probs = log_probs[:, :-1], log_probs[:, -1]
-            if rollout.old_log_probs is None:
-                rollout.old_log_probs = log_probs.detach()  # of this very pass, so that the first ratio is exactly 1
-            loss, metrics = objective.policy_loss(
-                log_probs, rollout.old_log_probs, rollout.advantages, clip_range=settings.clip_range
-            )
+            if rollout.advantages is not None:
+                if rollout.old_log_probs is None:
+                    rollout.old_log_probs = log_probs.detach()  # of this very pass, so that the first ratio is 1
+                loss, metrics = objective.policy_loss(
+                    log_probs, rollout.old_log_probs, rollout.advantages, clip_range=settings.clip_range
+                )
+                metrics = {"policy_loss": loss.detach(), **metrics}
+            else:
+                assert rollout.gradients is not None
+                loss = objective.first_order_loss(logits, self.tokenizer.code_vectors(), rollout.gradients)
+                metrics = {"first_order_loss": loss.detach()}
             cross_entropy = -true_log_probs.mean()
-            metrics = {"policy_loss": loss.detach(), **metrics, "cross_entropy": cross_entropy.detach()}
+            metrics["cross_entropy"] = cross_entropy.detach()
             if settings.prior_weight > 0:
                 prior = cross_entropy
                 if settings.prior == "kl":
                     assert rollout.reference_log_probs is not None
                     prior = objective.kl_prior(log_probs, rollout.reference_log_probs)
+                elif settings.prior == "guided":
+                    assert rollout.guided_logits is not None
+                    prior = objective.guided_prior(logits, rollout.guided_logits)
                 loss = loss + settings.prior_weight * prior
                 metrics["prior_loss"] = prior.detach()
         return Outcome(loss, metrics, rollout)
 
-    def validation_loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy of held-out images' tokens under their true context."""
-        self.model.eval()
-        targets = self.tokenizer.encode(batch.images)
-        return objective.prior_loss(self._logits(self.model, targets, batch.condition), targets)
-
-    def save(self, path: Path, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
-        save_generator(self.model, path, state_dict=state_dict, extra=extra)
-
     def _teach(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Any]:
         """Targets x*, noisy context x̃* (Eq. 28) and the condition, dropped for some images."""
-        with self.stages("encode"):
-            targets = context = self.tokenizer.encode(batch.images)
+        targets = context = self.encode(batch)
         if self.settings.context_noise > 0:
             context = objective.corrupt(
                 targets,
                 self.settings.context_noise,
                 self.model.vocab_size,
-                uniforms=self._uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE),
+                uniforms=self.uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE),
                 exclude_true=not self.settings.compat.uniform_noise,
             )
-        condition = batch.condition
-        if self.settings.condition_drop > 0:
-            drop = self._uniforms(batch, step, (), Stream.CONDITION_DROP) < self.settings.condition_drop
-            condition = self.model.drop_condition(condition, drop)
-        return targets, context, condition
+        return targets, context, self.model.drop_condition(batch.condition, self.drop(batch, step))
 
     def _pass(self, context: Tensor, condition: Any) -> Tensor:
         """The one pass that carries the gradient."""
         with self.stages("transformer"):
             self.model.train(self.settings.policy_mode == "train")
-            return self._logits(self.model, context, condition)
-
-    def _logits(self, generator: Any, context: Tensor, condition: Any) -> Tensor:
-        with autocast(self.device, self.precision):
-            return generator.logits(context, condition)
+            return self.logits(self.model, context, condition)
 
     def _logits_in_eval(self, context: Tensor, condition: Any) -> Tensor:
         with self.stages("transformer"), torch.no_grad():
             self.model.eval()
-            logits = self._logits(self.model, context, condition)
+            logits = self.logits(self.model, context, condition)
             self.model.train()
         return logits
 
     def _sample(self, logits: Tensor, batch: Batch, step: int) -> Tensor:
         with self.stages("sample"):
             shape = (self.settings.group_size, logits.shape[1])
-            uniforms = self._uniforms(batch, step, shape, Stream.SAMPLES)
+            uniforms = self.uniforms(batch, step, shape, Stream.SAMPLES)
             return objective.sample_tokens(logits, self.settings.group_size, uniforms=uniforms)
 
-    def _rewards(self, samples: Tensor, images: Tensor) -> objective.Rewards:
-        with self.stages("reward"):
-            return pixel_rewards(self.settings.reward, self.tokenizer, samples, images, self.perceptual)
-
-    def _uniforms(self, batch: Batch, step: int, shape: tuple[int, ...], stream: Stream) -> Tensor:
-        return uniforms(self.seed, step, batch.positions, shape, stream=stream, device=self.device)
+    def _advantages(self, rewards: objective.Rewards) -> Tensor:
+        """(B,G), or (B,G,N) where the credit is not by image."""
+        clip = self.settings.advantage_clip
+        by_image = objective.group_advantages(rewards.total, clip=clip)
+        if rewards.maps is None:
+            return by_image
+        by_token = objective.local_advantages(rewards.maps, clip=clip)
+        return by_token if self.settings.credit == "local" else (by_token + by_image.unsqueeze(-1)) / 2
 
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:
     settings = recipe.method
     assert isinstance(settings, Settings)
-    pair = load_pair(recipe, num_classes, device)
-    perceptual = load_reward_network(settings.reward, device)
-    reference = None
-    if settings.prior == "kl" and settings.prior_weight > 0:
-        reference = open_generator(recipe, device)
-        reference.requires_grad_(False).eval()
-    return VaPi(
-        pair.generator,
-        pair.tokenizer,
-        settings,
-        seed=recipe.seed,
-        precision=recipe.training.precision,
-        perceptual=perceptual,
-        reference=reference,
-        device=device,
+    reference = settings.prior != "cross_entropy" and settings.prior_weight > 0
+    method = VaPi(
+        **parts(recipe, num_classes, device, reference=reference),
+        perceptual=load_reward_network(settings.reward, device),
     )
+    if settings.estimator == "first_order":
+        method.tokenizer.code_vectors()  # refused now where there are none
+    return method

@@ -58,7 +58,12 @@ class LPIPS(nn.Module):
         """float32 (n,), >= 0, from maps of n images and of m references; see Perceptual.distance."""
         layers = zip(maps, reference, self.layer_weights, strict=True)
         # A product and a sum, not a matrix product, which autocast would round to the low precision.
-        return torch.stack([(_unit_difference(a, b) * weight.float()).sum(dim=1) for a, b, weight in layers]).sum(dim=0)
+        return torch.stack([(_means(a, b) * weight.float()).sum(dim=1) for a, b, weight in layers]).sum(dim=0)
+
+    def error_maps(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Tensor]:
+        """float32 [(n,h,w)], whose spatial means add up to the distance; see Perceptual.error_maps."""
+        layers = zip(maps, reference, self.layer_weights, strict=True)
+        return [(_unit_difference(a, b) * weight.float()[:, None, None]).sum(dim=1) for a, b, weight in layers]
 
 
 class ConvPerceptual(nn.Module):
@@ -83,17 +88,27 @@ class ConvPerceptual(nn.Module):
     def distance(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
         """float32 (n,) in [0,2], from maps of n images and of m references; see Perceptual.distance."""
         layers = zip(maps, reference, strict=True)
-        return torch.stack([_unit_difference(a, b).sum(dim=1) for a, b in layers]).mean(dim=0)
+        return torch.stack([_means(a, b).sum(dim=1) for a, b in layers]).mean(dim=0)
+
+    def error_maps(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Tensor]:
+        """float32 [(n,h,w)], whose spatial means add up to the distance; see Perceptual.error_maps."""
+        layers = zip(maps, reference, strict=True)
+        return [_unit_difference(a, b).sum(dim=1) / len(maps) for a, b in layers]
+
+
+def _means(maps: Tensor, reference: Tensor) -> Tensor:
+    """Spatial means of `_unit_difference`: float32 (n,C)."""
+    return _unit_difference(maps, reference).mean(dim=(2, 3))
 
 
 def _unit_difference(maps: Tensor, reference: Tensor) -> Tensor:
-    """Spatial mean, per channel, of the squared difference of unit vectors: (n,C,h,w), (m,C,h,w) -> float32 (n,C)."""
+    """The squared difference of unit vectors, per channel: (n,C,h,w), (m,C,h,w) -> float32 (n,C,h,w)."""
     count = reference.shape[0]
     if maps.shape[0] % count:
         raise VarpiError(f"perceptual distance: {maps.shape[0]} images are no multiple of {count} references")
     left, right = _unit(maps.float()), _unit(reference.float())
     difference = left.unflatten(0, (count, -1)) - right.unsqueeze(1)
-    return difference.square().mean(dim=(3, 4)).flatten(0, 1)
+    return difference.square().flatten(0, 1)
 
 
 def _unit(maps: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 In the order of a step: corrupt -> sample_tokens -> score_samples -> group_advantages -> policy_loss and a prior.
 """
 
-from varpi.objective.advantages import group_advantages
+from varpi.objective.advantages import group_advantages, local_advantages
 from varpi.objective.corruption import corrupt
+from varpi.objective.first_order import first_order_loss
+from varpi.objective.guided import guide, guided_prior
 from varpi.objective.losses import entropy, kl_prior, policy_loss, prior_loss, token_log_probs
-from varpi.objective.rewards import Perceptual, Rewards, RewardWeights, score_samples
+from varpi.objective.rewards import Perceptual, Rewards, RewardWeights, score_codes, score_samples
 from varpi.objective.rollout import sample_tokens
 
 __all__ = [
@@ -15,11 +17,16 @@ __all__ = [
     "Rewards",
     "corrupt",
     "entropy",
+    "first_order_loss",
     "group_advantages",
+    "guide",
+    "guided_prior",
     "kl_prior",
+    "local_advantages",
     "policy_loss",
     "prior_loss",
     "sample_tokens",
+    "score_codes",
     "score_samples",
     "token_log_probs",
 ]

@@ -1,7 +1,10 @@
 """Group-relative advantages (VA-π Eq. 4): a sample is compared with the other samples of its own image."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from varpi.errors import VarpiError
 
@@ -36,3 +39,28 @@ def group_advantages(rewards: Tensor, *, clip: float = 5.0, eps: float = 1e-8) -
     spread = exact.amax(dim=1, keepdim=True) - exact.amin(dim=1, keepdim=True)
     equal = spread <= SAME * exact.abs().amax(dim=1, keepdim=True)
     return torch.where(equal, 0.0, scaled).to(rewards.dtype)
+
+
+def local_advantages(maps: Tensor, *, clip: float = 5.0, eps: float = 1e-8) -> Tensor:
+    """Each token's own advantage: its neighbourhood in one sample against the same place in the group's others.
+
+    The maps are averaged over 3 x 3 tokens, for a token changes the decoded image beyond its own patch, and then
+    normalized over the group at every place as `group_advantages` does.
+
+    Args:
+        maps: (B,G,N), the rewards' shares of each token's place in a square grid, row-major; G >= 2.
+        clip, eps: as for `group_advantages`.
+
+    Returns:
+        (B,G,N) of the maps' dtype.
+
+    Raises:
+        VarpiError: fewer than two samples in a group, or N is no square.
+    """
+    batch, group_size, num_tokens = maps.shape
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise VarpiError(f"local_advantages: {num_tokens} tokens are no square grid")
+    smooth = functional.avg_pool2d(maps.unflatten(2, (side, side)), 3, stride=1, padding=1, count_include_pad=False)
+    places = smooth.flatten(2).transpose(1, 2).reshape(-1, group_size)
+    return group_advantages(places, clip=clip, eps=eps).view(batch, num_tokens, group_size).transpose(1, 2)

@@ -120,7 +120,7 @@ def kl_prior(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Mean entropy in nats of softmax(logits) over all positions: (B,N,V) -> scalar, without gradient."""
     total = torch.zeros((), device=logits.device)
-    for rows in _image_slices(logits):
+    for rows in image_slices(logits):
         total += torch.special.entr(logits[rows].softmax(dim=-1, dtype=torch.float32)).sum()
     return total / (logits.shape[0] * logits.shape[1])
 
@@ -130,7 +130,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         normalizer = torch.empty(logits.shape[:2], dtype=dtype, device=logits.device)
-        for rows in _image_slices(logits):
+        for rows in image_slices(logits):
             normalizer[rows] = logits[rows].to(dtype).logsumexp(dim=-1)
         ctx.save_for_backward(logits, tokens, normalizer)
         chosen = logits.gather(-1, tokens.transpose(1, 2)).to(dtype)  # (B,N,K)
@@ -141,7 +141,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, tokens, normalizer = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for rows in _image_slices(logits):
+        for rows in image_slices(logits):
             # d log p(x_k) / d logits = onehot(x_k) - softmax, summed over k with the incoming weights.
             grad = (logits[rows].to(normalizer.dtype) - normalizer[rows].unsqueeze(-1)).exp_()
             grad.mul_(-grad_output[rows].sum(dim=1).unsqueeze(-1))
@@ -152,7 +152,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_logits, None
 
 
-def _image_slices(logits: Tensor) -> Iterator[slice]:
+def image_slices(logits: Tensor) -> Iterator[slice]:
     """Slices of the batch, each of at most _TEMPORARY_ELEMENTS logits (but at least one image)."""
     batch, num_tokens, vocab_size = logits.shape
     step = max(1, _TEMPORARY_ELEMENTS // (num_tokens * vocab_size))

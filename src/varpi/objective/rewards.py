@@ -4,12 +4,13 @@ B images, G samples per image, N tokens per image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from varpi.errors import VarpiError
 
@@ -19,6 +20,10 @@ class Perceptual(Protocol):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """A network's maps of images (n,3,H,W) in [-1,1], one tensor (n,C,h,w) per layer."""
+        ...
+
+    def error_maps(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Tensor]:
+        """float32 [(n,h,w)], a map for each layer, whose spatial means add up to `distance`."""
         ...
 
     def distance(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
@@ -57,6 +62,8 @@ class Rewards:
     """float32 (B,G): minus the weighted sum of the parts; higher is better."""
     parts: dict[str, Tensor]
     """"mse", "perceptual", "l1": the unweighted distances, each float32 (B,G); only those of weight > 0."""
+    maps: Tensor | None = None
+    """float32 (B,G,N), where asked for: the total's share of each token's place in the grid."""
 
 
 @torch.no_grad()
@@ -68,6 +75,7 @@ def score_samples(
     *,
     perceptual: Perceptual | None = None,
     chunk: int = 8,
+    local: bool = False,
 ) -> Rewards:
     """Decode each sample and score it against its image.
 
@@ -82,6 +90,8 @@ def score_samples(
         weights: weights of the distances.
         perceptual: the perceptual distance; never called when its weight is 0.
         chunk: the largest number of sequences decoded at once, >= 1.
+        local: also give the rewards' maps: the errors at every pixel, and at every place of each perceptual layer,
+            brought to the grid of tokens by area (a coarser layer counts for all the tokens that a place covers).
 
     Returns:
         Rewards.
@@ -89,41 +99,126 @@ def score_samples(
     Raises:
         VarpiError: chunk below 1, a perceptual weight without a perceptual distance, decoded images of another size.
     """
+    active = _checked(samples.shape[0], images, weights, perceptual, chunk)
+    batch, group_size, num_tokens = samples.shape
+    parts = {name: torch.empty(batch, group_size, device=images.device) for name in active}
+    maps = torch.zeros(batch, group_size, num_tokens, device=images.device) if local else None
+    for rows, columns, target in _pieces(images, group_size, weights, perceptual, chunk):
+        piece = samples[rows, columns]
+        found, errors = _errors(decode(piece.flatten(0, 1)), target, weights, perceptual, local=local)
+        for name, values in found.items():
+            parts[name][rows, columns] = values.unflatten(0, piece.shape[:2])
+        if maps is not None:
+            on_grid = torch.stack([_to_grid(error, math.isqrt(num_tokens)) for error in errors]).sum(dim=0)
+            maps[rows, columns] = -on_grid.unflatten(0, piece.shape[:2])
+    return Rewards(_total(parts, active), parts, maps)
+
+
+def score_codes(
+    decode: Callable[[Tensor], Tensor],
+    codes: Tensor,
+    images: Tensor,
+    weights: RewardWeights,
+    *,
+    perceptual: Perceptual | None = None,
+    chunk: int = 8,
+) -> tuple[Rewards, Tensor]:
+    """As `score_samples`, from the code vectors that tokens stand for, with the error's gradient at each of them.
+
+    Args:
+        decode: codes (M,C,h,w) -> images (M,3,H,W), nominally in [-1,1], differentiable.
+        codes: (B,G,C,h,w).
+        images, weights, perceptual, chunk: as for `score_samples`.
+
+    Returns:
+        Rewards, and float32 (B,G,N,C): the gradient of each sample's error, minus its reward, N = h w row-major.
+
+    Raises:
+        VarpiError: as `score_samples`.
+    """
+    active = _checked(codes.shape[0], images, weights, perceptual, chunk)
+    batch, group_size, width, *grid = codes.shape
+    parts = {name: torch.empty(batch, group_size, device=images.device) for name in active}
+    gradients = torch.empty(batch, group_size, math.prod(grid), width, device=images.device)
+    for rows, columns, target in _pieces(images, group_size, weights, perceptual, chunk):
+        with torch.enable_grad():
+            piece = codes[rows, columns].detach().requires_grad_()
+            found, _ = _errors(decode(piece.flatten(0, 1)), target, weights, perceptual, local=False)
+            # Samples do not mix, so the gradient of their sum holds each one's own.
+            (gradient,) = torch.autograd.grad(-_total(found, active).sum(), piece)
+        gradients[rows, columns] = gradient.float().flatten(3).transpose(2, 3)
+        for name, values in found.items():
+            parts[name][rows, columns] = values.detach().unflatten(0, piece.shape[:2])
+    return Rewards(_total(parts, active), parts), gradients
+
+
+class _Target(NamedTuple):
+    """Images (b,3,H,W) to compare with, and their perceptual maps, computed once."""
+
+    images: Tensor
+    maps: Sequence[Tensor] | None
+
+
+def _checked(
+    batch: int, images: Tensor, weights: RewardWeights, perceptual: Perceptual | None, chunk: int
+) -> dict[str, float]:
+    """The weights of the distances to compute."""
     if chunk < 1:
         raise VarpiError(f"score_samples: chunk is {chunk}; it must be >= 1")
     if weights.perceptual > 0 and perceptual is None:
         raise VarpiError(f"reward weight perceptual is {weights.perceptual}, but no perceptual distance was given")
-    batch, group_size, _ = samples.shape
     if images.shape[0] != batch:
         raise VarpiError(f"score_samples: samples of {batch} images, but {images.shape[0]} images")
+    return {name: weight for name, weight in vars(weights).items() if weight > 0}
 
-    active = {name: weight for name, weight in vars(weights).items() if weight > 0}
-    parts = {name: torch.empty(batch, group_size, device=images.device) for name in active}
+
+def _pieces(
+    images: Tensor, group_size: int, weights: RewardWeights, perceptual: Perceptual | None, chunk: int
+) -> Iterator[tuple[slice, slice, _Target]]:
+    """Which images and which of their samples go together: whole groups when they fit in a chunk, or parts of one."""
     images_at_once = max(1, chunk // group_size)
-    for first in range(0, batch, images_at_once):
+    for first in range(0, len(images), images_at_once):
         rows = slice(first, first + images_at_once)
-        targets = images[rows].float()
-        target_maps = perceptual.maps(targets) if perceptual is not None and weights.perceptual > 0 else None
-        # Whole groups when they fit in a chunk, otherwise one image's group in several pieces.
+        targets, maps = images[rows].float(), None
+        if perceptual is not None and weights.perceptual > 0:
+            maps = perceptual.maps(targets)
         for start in range(0, group_size, chunk):
-            columns = slice(start, start + chunk)
-            piece = samples[rows, columns]
-            decoded = decode(piece.flatten(0, 1)).float()
-            if decoded.shape[1:] != images.shape[1:]:
-                raise VarpiError(
-                    f"score_samples: decoded images are {tuple(decoded.shape[1:])} but the targets are "
-                    f"{tuple(images.shape[1:])}; the image size must fit the token grid"
-                )
-            error = decoded.unflatten(0, piece.shape[:2]) - targets.unsqueeze(1)
-            if "mse" in active:
-                parts["mse"][rows, columns] = error.square().mean(dim=(2, 3, 4))
-            if "l1" in active:
-                parts["l1"][rows, columns] = error.abs().mean(dim=(2, 3, 4))
-            if perceptual is not None and target_maps is not None:
-                distance = perceptual.distance(perceptual.maps(decoded), target_maps)
-                parts["perceptual"][rows, columns] = distance.unflatten(0, piece.shape[:2])
+            yield rows, slice(start, start + chunk), _Target(targets, maps)
 
-    total = torch.zeros(batch, group_size, device=images.device)
+
+def _errors(
+    decoded: Tensor, target: _Target, weights: RewardWeights, perceptual: Perceptual | None, *, local: bool
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Distances (n,) of decoded images (n,3,H,W) to targets, by name; and with `local` weighted maps (n,h,w)."""
+    decoded = decoded.float()
+    if decoded.shape[1:] != target.images.shape[1:]:
+        raise VarpiError(
+            f"score_samples: decoded images are {tuple(decoded.shape[1:])} but the targets are "
+            f"{tuple(target.images.shape[1:])}; the image size must fit the token grid"
+        )
+    error = (decoded.unflatten(0, (len(target.images), -1)) - target.images.unsqueeze(1)).flatten(0, 1)
+    parts, errors = {}, []
+    if weights.mse > 0:
+        parts["mse"] = error.square().mean(dim=(1, 2, 3))
+    if weights.l1 > 0:
+        parts["l1"] = error.abs().mean(dim=(1, 2, 3))
+    if local:
+        errors = [weights.mse * error.square().mean(dim=1), weights.l1 * error.abs().mean(dim=1)]
+    if perceptual is not None and target.maps is not None:
+        seen = perceptual.maps(decoded)
+        parts["perceptual"] = perceptual.distance(seen, target.maps)
+        if local:
+            errors += [weights.perceptual * layer for layer in perceptual.error_maps(seen, target.maps)]
+    return parts, errors
+
+
+def _total(parts: Mapping[str, Tensor], active: Mapping[str, float]) -> Tensor:
+    total = torch.zeros_like(next(iter(parts.values())))
     for name, weight in active.items():
-        total -= weight * parts[name]
-    return Rewards(total, parts)
+        total = total - weight * parts[name]
+    return total
+
+
+def _to_grid(errors: Tensor, side: int) -> Tensor:
+    """(n,h,w) to (n, side²), by area, row-major."""
+    return functional.adaptive_avg_pool2d(errors, side).flatten(1)

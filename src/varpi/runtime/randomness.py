@@ -35,6 +35,8 @@ class Stream(IntEnum):
     """Streamed data: the order of an epoch's files."""
     REPORT_SAMPLES = 7
     """The teacher-forced samples that a report shows."""
+    NEGATIVE_CLASS = 8
+    """Training: the mismatched class of each image, for CCA."""
     GENERATION = 0x5A3B
     """Free-running sampling."""
     ALIGNMENT_ORDER = 0xA110

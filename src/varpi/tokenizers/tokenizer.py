@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from varpi.errors import VarpiError
 from varpi.runtime.pretrained import Stored
 
 
@@ -21,3 +22,11 @@ class Tokenizer(Stored, ABC):
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B,N) of a square grid to float32 images (B,3,H,W), nominally in [-1,1], not clamped."""
+
+    def code_vectors(self) -> Tensor:
+        """Float32 (K,C): the vector that `decode` puts in a token's place. Raises VarpiError where there is none."""
+        raise VarpiError(f"a {type(self).__name__} has no code vectors, whose gradient this method needs")
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Code vectors (B,C,h,w) to images as `decode` gives them, with gradient; see `code_vectors`."""
+        raise VarpiError(f"a {type(self).__name__} decodes tokens, not code vectors")

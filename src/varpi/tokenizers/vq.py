@@ -232,6 +232,10 @@ class VQ(Tokenizer):
         codes = F.embedding(tokens, self.quantize.unit_codes()).to(self.post_quant_conv.weight.dtype)
         return self.decode_codes(codes.view(len(tokens), side, side, -1).permute(0, 3, 1, 2))
 
+    def code_vectors(self) -> Tensor:
+        """Float32 (K,C): the unit vector that `decode` puts in a token's place."""
+        return self.quantize.unit_codes()
+
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Unit codes (B,C,h,w) to float32 images (B,3,H,W), with gradient."""
         return self.decoder(self.post_quant_conv(codes)).float()

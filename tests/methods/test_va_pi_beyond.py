@@ -1,0 +1,165 @@
+"""VA-π beyond the paper: local credit, the first-order estimator, the guided prior."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from varpi import objective
+from varpi.data import Batches
+from varpi.data.opening import open_split
+from varpi.errors import VarpiError
+from varpi.methods import build_method
+from varpi.methods.va_pi import VaPi
+from varpi.recipe import Recipe
+from varpi.runtime.processes import World
+from varpi.training.loop import Trainer
+from varpi.training.optimizer import make_optimizer
+from varpi.training.state import Progress
+
+BEYOND = {
+    "local": ("method.credit=local",),
+    "mixed": ("method.credit=mixed",),
+    "first_order": ("method.estimator=first_order", "method.group_size=2"),
+    "one_sample": ("method.estimator=first_order", "method.group_size=1"),
+    "guided": ("method.prior=guided", "method.prior_weight=0.5"),
+    "first_order_guided": ("method.estimator=first_order", "method.group_size=2", "method.prior=guided"),
+}
+
+
+def build(recipe: Recipe) -> VaPi:
+    method = build_method(recipe, 3, "cpu")
+    assert isinstance(method, VaPi)
+    return method
+
+
+def batches(recipe: Recipe) -> Batches:
+    data = open_split(recipe.data, recipe.data.split)
+    return Batches(data, batch_size=recipe.training.batch_size, seed=recipe.seed)
+
+
+def updates(recipe: Recipe, numbers: Iterator[int] | range) -> Iterator[tuple[VaPi, dict[str, float]]]:
+    """The method and its metrics, update by update, on the batches of these numbers."""
+    method = build(recipe)
+    trainer = Trainer(recipe, method, make_optimizer(method.model, recipe.optimizer), World(0, 1, "cpu"))
+    progress = Progress()
+    for step, number in enumerate(numbers):
+        (metrics,) = trainer.updates(batches(recipe).at(number), step, progress)
+        yield method, metrics
+
+
+@pytest.mark.parametrize("name", ["local", "first_order", "guided"])
+def test_the_reward_rises(pair: Path, name: str) -> None:
+    recipe = tiny.recipe(
+        pair,
+        "method.group_size=16",
+        "method.context_noise=0",
+        "method.condition_drop=0",
+        "method.policy_mode=eval",
+        "optimizer.learning_rate=1e-3",
+        *BEYOND[name],
+        f"method.prior_weight={1e-4 if name == 'guided' else 0}",
+    )
+    numbers = (number % 2 for number in range(40))
+    rewards = [metrics["reward_mean"] for _, metrics in updates(recipe, numbers)]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.003
+
+
+@pytest.mark.parametrize("settings", BEYOND.values(), ids=BEYOND)
+def test_micro_batches_change_nothing(pair: Path, settings: tuple[str, ...]) -> None:
+    recipe = tiny.recipe(pair, "method.policy_mode=eval", "method.condition_drop=0.3", *settings)
+    results = []
+    for size in (8, 3):
+        changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch": size})})
+        results += [(metrics, dict(method.model.named_parameters())) for method, metrics in updates(changed, range(1))]
+    (whole, weights), (split, others) = results
+    for name in ("loss", "reward_mean", "cross_entropy", "prior_loss", "gradient_norm"):
+        assert split[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+    assert all(torch.isfinite(weight).all() for weight in (*weights.values(), *others.values()))
+
+
+def test_credit_by_token(pair: Path) -> None:
+    rollouts: list[Any] = []
+    for credit in ("image", "local", "mixed"):
+        recipe = tiny.recipe(pair, "method.policy_mode=eval", "method.condition_drop=0", f"method.credit={credit}")
+        rollouts.append(build(recipe).loss(batches(recipe).at(0), 0).rollout)
+    by_image, by_token, both = (rollout.advantages for rollout in rollouts)
+    assert all(torch.equal(rollout.samples, rollouts[0].samples) for rollout in rollouts)
+    assert by_token.shape == rollouts[1].samples.shape
+    torch.testing.assert_close(both, (by_token + by_image.unsqueeze(-1)) / 2)
+    torch.testing.assert_close(by_token.mean(dim=1), torch.zeros_like(by_token[:, 0]), atol=1e-5, rtol=0)
+    assert by_token.std(dim=2).mean() > 0.1  # tokens of one sample differ
+
+
+def test_first_order_needs_no_ratio_and_the_loss_is_the_expected_error(pair: Path) -> None:
+    recipe = tiny.recipe(pair, "method.estimator=first_order", "method.policy_mode=eval", "method.prior_weight=0")
+    method, batch = build(recipe), batches(recipe).at(0)
+    outcome = method.loss(batch, 0)
+    assert "ratio_mean" not in outcome.metrics
+    rollout: Any = outcome.rollout
+    assert rollout.advantages is None
+    tokenizer: Any = method.tokenizer
+    assert rollout.gradients.shape == (*rollout.samples.shape, tokenizer.code_vectors().shape[1])
+    logits = method.model.logits(rollout.context, rollout.condition)
+    expected = (logits.softmax(-1) @ tokenizer.code_vectors() * rollout.gradients.mean(1)).sum((1, 2)).mean()
+    torch.testing.assert_close(outcome.loss, expected)
+    plain = objective.score_samples(
+        tokenizer.decode, rollout.samples, batch.images, objective.RewardWeights(1.0, 0.0), chunk=8
+    )
+    torch.testing.assert_close(outcome.metrics["reward_mean"], plain.total.mean())
+
+
+def test_a_guided_prior_of_scale_one_holds_still(pair: Path) -> None:
+    """The start model is its own target at scale 1."""
+    recipe = tiny.recipe(
+        pair, "method.prior=guided", "method.prior_guidance=1", "method.prior_weight=1", "method.policy_mode=eval"
+    )
+    method = build(recipe)
+    rollout: Any = method.loss(batches(recipe).at(0), 0).rollout
+    logits = method.model.logits(rollout.context, rollout.condition).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective.guided_prior(logits, rollout.guided_logits), logits)
+    assert gradient.abs().max() < 1e-7
+
+
+def test_a_guided_prior_is_the_frozen_starts_own_guidance(pair: Path) -> None:
+    recipe = tiny.recipe(
+        pair, "method.prior=guided", "method.prior_guidance=3", "method.condition_drop=0.5", "generator.dropout=0.5"
+    )
+    method, batch = build(recipe), batches(recipe).at(0)
+    reference: Any = method.reference
+    assert not any(p.requires_grad for p in reference.parameters())
+    with torch.no_grad():
+        for p in method.model.parameters():
+            p.add_(0.1)  # the trained model is elsewhere by now; its target is not
+    rollout: Any = method.loss(batch, 0).rollout
+    dropped = rollout.condition == method.model.num_classes
+    assert dropped.any()
+    assert not dropped.all()
+
+    def logits(condition: Tensor) -> Tensor:
+        with torch.no_grad():
+            return reference.eval().logits(rollout.context, condition)
+
+    null = logits(torch.full_like(rollout.condition, method.model.num_classes))
+    expected = null + 3 * (logits(batch.condition) - null)
+    expected[dropped] = null[dropped]  # an image without its condition learns the null model, not a guided one
+    torch.testing.assert_close(rollout.guided_logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("method.group_size=1",), "group_size is 1; the policy estimator compares at least 2 samples"),
+        (("method.estimator=first_order", "method.credit=local"), "credit is local, but the first_order estimator"),
+        (("method.estimator=first_order", "method.prior=kl"), "prior is kl, which is estimated on the policy's"),
+        (("method.prior_guidance=2",), "prior_guidance is set but prior is cross_entropy"),
+        (("method.prior=guided", "method.prior_guidance=0.5"), "method.prior_guidance is 0.5; it must be greater"),
+    ],
+)
+def test_contradictions_are_refused(pair: Path, settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(VarpiError, match=message):
+        tiny.recipe(pair, *settings)
