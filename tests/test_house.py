@@ -39,9 +39,8 @@ INTERFACES = {
 }  # fmt: skip
 """Names that several files of a room have because each is one of a kind: a command, a family, a method."""
 TWICE = {
-    "Architecture", "BLOCK", "FORMAT", "GRID", "MARKER", "METRICS", "Outcome", "PREFIXES", "SUFFIXES", "Settings",
-    "Source", "Table", "Validation", "check_output", "decode", "is_run", "load_pair", "merge", "run", "sample_grid",
-    "write_samples",
+    "Architecture", "MARKER", "Outcome", "PREFIXES", "SUFFIXES", "Settings", "Source", "Validation", "check_output",
+    "is_run", "load_pair", "run", "write_samples",
 }  # fmt: skip
 """Names that still have two meanings: none may be added."""
 SAME_FILE = {"demo", "digits", "images", "tables", "rewards"}

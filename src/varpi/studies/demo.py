@@ -9,23 +9,30 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from varpi.data import Dataset, open_dataset
+from varpi.data import open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
+from varpi.networks.convnet import SmallConvNet
 from varpi.networks.digits import embed, load_judge
 from varpi.recipe import load_recipe
 from varpi.report import Page, TableRow, write_page
 from varpi.report.examples import decode_in_parts, draw_samples, reconstructions
 from varpi.report.provenance import costs, environment
 from varpi.sampling.generate import generate
+from varpi.studies.jobs import open_pool
+from varpi.tokenizers import Tokenizer
 from varpi.training import read_metrics, train
 from varpi.weights import load_generator, load_tokenizer
 
+RECIPES = {"control": "digits-next-token", "tuned": "digits"}
 TEMPERATURES = (0.8, 0.9)
 GUIDANCE_SCALES = (1.5, 2.0)
 FIRST_SEED = 1000
@@ -42,29 +49,22 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
         raise VarpiError(f"--steps is {steps}; it must be at least 1")
     _clear(output)
     begun = time.perf_counter()
-    bench = Bench(samples, seeds)
-    base = load_generator("digits")
-
-    _say(f"evaluating the base: {seeds} x {samples} images")
-    results = {"base": bench.evaluate(base)}
-    temperature = min(TEMPERATURES, key=lambda value: bench.validate(base, temperature=value))
-    results["base_best_temperature"] = bench.evaluate(base, temperature=temperature)
-    scale = min(GUIDANCE_SCALES, key=lambda value: bench.validate(base, guidance_scale=value))
-    results["base_guided"] = bench.evaluate(base, guidance_scale=scale)
-
-    models, recipes = {"base": base}, {}
-    for name, recipe_name, label in (
-        ("control", "digits-next-token", "cross-entropy alone"),
-        ("tuned", "digits", "VA-π"),
-    ):
-        settings = [] if steps is None else [f"training.steps={steps}", f"training.save_every={steps}"]
-        recipes[name] = load_recipe(recipe_name, settings)
-        _say(f"post-training with {label}: {recipes[name].training.steps} steps")
-        run = train(recipes[name], output / name, device="cpu")
-        models[name] = load_generator(run / "model.safetensors")
-        results[name] = bench.evaluate(models[name])
-
+    changes = [] if steps is None else [f"training.steps={steps}", f"training.save_every={steps}"]
+    recipes = {name: load_recipe(recipe, changes) for name, recipe in RECIPES.items()}
     training = recipes["tuned"].training
+    _say(f"{training.steps} steps of training, twice; {seeds} x {samples} images of each of five models")
+    with open_pool() as pool:
+        bench = Bench(pool, samples, range(FIRST_SEED, FIRST_SEED + seeds))
+        runs = {name: bench.train(name, recipe, changes, output / name) for name, recipe in RECIPES.items()}
+        measured = {"base": bench.evaluate("base")}
+        temperature = bench.best("temperature", TEMPERATURES)
+        measured["base_best_temperature"] = bench.evaluate("base", temperature=temperature)
+        scale = bench.best("guidance_scale", GUIDANCE_SCALES)
+        measured["base_guided"] = bench.evaluate("base", guidance_scale=scale)
+        for name, run in runs.items():
+            measured[name] = bench.evaluate(name, run.result())
+        results = {name: summarize([one.result() for one in several]) for name, several in measured.items()}
+
     labels = {
         "base": ("Base", "as pretrained, temperature 1, no guidance"),
         "base_best_temperature": (f"Base, temperature {temperature}", "the best of the validation split"),
@@ -72,12 +72,13 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
         "control": ("Cross-entropy alone", f"{training.steps} steps of {training.batch_size} images; the control"),
         "tuned": ("VA-π", "the same steps and images with the pixel reward"),
     }
+    tokenizer, test = load_tokenizer("digits"), open_dataset("digits", image_size=32, split="test")
     metrics = {
         **results,
         "settings": {
             "samples": samples,
             "sampling_seeds": list(bench.seeds),
-            "reference": f"{len(bench.test)} test digits",
+            "reference": f"{len(test)} test digits",
             "temperature": temperature,
             "guidance_scale": scale,
             "steps": training.steps,
@@ -86,16 +87,18 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
         },
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    models = {"base": load_generator("digits")}
+    models |= {name: load_generator(output / name / "model.safetensors") for name in RECIPES}
     classes = torch.arange(10).repeat(5)
     page = Page(
         title="VA-π on the embedded digits",
-        paragraph=_paragraph(samples, seeds, len(bench.test), training),
+        paragraph=_paragraph(samples, seeds, len(test), training),
         command=_command(steps, samples, seeds),
         table=[TableRow(labels[name][0], results[name], labels[name][1]) for name in labels],
         samples=[
-            draw_samples(labels[name][0], model, bench.tokenizer, classes, FIRST_SEED) for name, model in models.items()
+            draw_samples(labels[name][0], model, tokenizer, classes, FIRST_SEED) for name, model in models.items()
         ],
-        reconstructions=reconstructions(base, models["tuned"], bench.tokenizer, bench.test, range(0, 800, 81)),
+        reconstructions=reconstructions(models["base"], models["tuned"], tokenizer, test, range(0, 800, 81)),
         curves={"VA-π": read_metrics(output / "tuned"), "Cross-entropy alone": read_metrics(output / "control")},
         environment=environment(),
         recipe=recipes["tuned"].to_yaml(),
@@ -107,35 +110,68 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
 
 
 class Bench:
-    """The demo's evaluation: samples of fixed seeds, judged against held-out digits."""
+    """The demo's jobs in a pool of processes: training, and the evaluation of samples from fixed seeds."""
 
-    def __init__(self, samples: int, seeds: int) -> None:
-        self.tokenizer = load_tokenizer("digits")
-        self.judge = load_judge()
-        self.classes = torch.arange(10).repeat(samples // 10)
-        self._fewer = self.classes[:400]
-        self.seeds = range(FIRST_SEED, FIRST_SEED + seeds)
-        self.test = open_dataset("digits", image_size=32, split="test")
-        self._test = self._features(self.test)
-        self._validation = self._features(open_dataset("digits", image_size=32, split="validation"))
+    def __init__(self, pool: Executor, samples: int, seeds: Sequence[int]) -> None:
+        self.pool = pool
+        self.samples = samples
+        self.seeds = seeds
 
-    def evaluate(self, generator: Any, **sampling: float) -> dict[str, list[float]]:
-        """{metric: [mean, std over sampling seeds]} against the test split."""
-        return summarize([self._measure(generator, self.classes, seed, self._test, sampling) for seed in self.seeds])
+    def train(self, what: str, recipe: str, changes: list[str], run: Path) -> "Future[Path]":
+        """The weights that come of a shipped recipe with these changes."""
+        return self._submit(f"trained {what}", _train, recipe, changes, run)
 
-    def validate(self, generator: Any, **sampling: float) -> float:
-        """Fréchet distance against the validation split, of 400 samples at most, from a seed that no figure uses."""
-        seed = FIRST_SEED - 1
-        return self._measure(generator, self._fewer, seed, self._validation, sampling)["frechet_distance"]
+    def evaluate(self, what: str, model: str | Path = "digits", **sampling: float) -> "list[Future[dict[str, float]]]":
+        """Measurements of a model against the test split, one a seed."""
+        said = "".join(f", {name.replace('_', ' ')} {value}" for name, value in sampling.items())
+        return [
+            self._submit(f"measured {what}{said}, seed {seed}", _measure, model, sampling, self.samples, seed, "test")
+            for seed in self.seeds
+        ]
 
-    def _measure(
-        self, generator: Any, classes: torch.Tensor, seed: int, reference: Any, sampling: dict[str, Any]
-    ) -> dict[str, float]:
-        tokens = generate(generator, classes, seed=seed, batch_size=200, **sampling)
-        return measure(decode_in_parts(self.tokenizer, tokens), classes, self.judge, reference)
+    def best(self, setting: str, values: Sequence[float]) -> float:
+        """The value at which the base's Fréchet distance to the validation split is least.
 
-    def _features(self, dataset: Dataset) -> Any:
-        return embed(self.judge, torch.stack([dataset[i].image for i in range(len(dataset))]))[0]
+        Of 400 samples at most, from a seed that no figure uses.
+        """
+        count, seed = min(400, self.samples), FIRST_SEED - 1
+        jobs = {}
+        for value in values:
+            what = f"tried {setting.replace('_', ' ')} {value}"
+            jobs[value] = self._submit(what, _measure, "digits", {setting: value}, count, seed, "validation")
+        return min(values, key=lambda value: jobs[value].result()["frechet_distance"])
+
+    def _submit(self, what: str, job: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Begin a job; `what` is said once it has succeeded."""
+
+        def tell(done: "Future[Any]") -> None:
+            if not done.cancelled() and done.exception() is None:
+                _say(what)
+
+        future = self.pool.submit(job, *arguments)
+        future.add_done_callback(tell)
+        return future
+
+
+def _train(recipe: str, changes: list[str], run: Path) -> Path:
+    train(load_recipe(recipe, changes), run, device="cpu", show=False)
+    return run / "model.safetensors"
+
+
+def _measure(model: str | Path, sampling: dict[str, Any], count: int, seed: int, split: str) -> dict[str, float]:
+    """What the judge finds of `count` samples beside the digits of a split."""
+    tokenizer, judge, reference = _instruments(split)
+    classes = torch.arange(10).repeat(count // 10)
+    tokens = generate(load_generator(model), classes, seed=seed, batch_size=200, **sampling)
+    return measure(decode_in_parts(tokenizer, tokens), classes, judge, reference)
+
+
+@cache
+def _instruments(split: str) -> tuple[Tokenizer, SmallConvNet, torch.Tensor]:
+    """The tokenizer, the judge, and the features of a split's digits."""
+    judge, dataset = load_judge(), open_dataset("digits", image_size=32, split=split)
+    real = torch.stack([dataset[i].image for i in range(len(dataset))])
+    return load_tokenizer("digits"), judge, embed(judge, real)[0]
 
 
 def _clear(output: Path) -> None:
