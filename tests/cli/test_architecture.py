@@ -63,6 +63,7 @@ def test_in_a_recipe_it_becomes_the_fields(place: Path) -> None:
         ('{"dimm": 32}', "dimm"),
         ('{"dim": 1e9, "n_layer": 2, "n_head": 2}', "dim is 1000000000.0; it must be a whole number"),
         ('{"dim": 32, "n_layer": 1000000000, "n_head": 2}', "n_layer is 1000000000; it must be at most"),
+        ('{"dim": 16777216, "n_layer": 1, "n_head": 1}', "make a rotary table of more than 1 GiB"),
     ],
 )
 def test_files_that_are_refused(

@@ -54,6 +54,7 @@ class LlamaGenConfig:
             raise VarpiError(f"LlamaGenConfig: conditioning is {self.conditioning!r}; it must be 'class' or 'text'")
         if self.condition_tokens is None:
             object.__setattr__(self, "condition_tokens", 1 if self.conditioning == "class" else 120)
+        assert self.condition_tokens is not None
         counts = ("dim", "n_layer", "n_head", "vocab_size", "grid", "num_classes", "condition_tokens", "caption_dim")
         for name in counts:
             whole_number("LlamaGenConfig", name, getattr(self, name), 1024 if name in ("n_layer", "grid") else 2**24)
@@ -63,6 +64,11 @@ class LlamaGenConfig:
         if self.dim % self.n_head or (self.dim // self.n_head) % 4:
             raise VarpiError(
                 f"LlamaGenConfig: dim {self.dim} over {self.n_head} heads must give a head width divisible by 4"
+            )
+        if (self.grid**2 + self.condition_tokens) * (self.dim // self.n_head) > 2**28:
+            raise VarpiError(
+                f"LlamaGenConfig: a grid of {self.grid}, {self.condition_tokens} condition_tokens and heads of width "
+                f"{self.dim // self.n_head} make a rotary table of more than 1 GiB"
             )
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise VarpiError(f"LlamaGenConfig: dropout is {self.dropout!r}; it must be a number in [0, 1)")
