@@ -564,7 +564,7 @@ MUTANTS = [
     ),
     Mutant(
         "gate and up change places in files",
-        "weights/names.py",
+        "generators/llamagen_files.py",
         '"layers.{i}.feed_forward.w1.weight": "blocks.{i}.feed_forward.gate.weight",\n'
         '    "layers.{i}.feed_forward.w3.weight": "blocks.{i}.feed_forward.up.weight",',
         '"layers.{i}.feed_forward.w3.weight": "blocks.{i}.feed_forward.gate.weight",\n'

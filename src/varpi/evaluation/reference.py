@@ -1,7 +1,5 @@
 """What samples are measured against: images, statistics that were computed from some, or both."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,7 +80,9 @@ def _read_statistics(path: Path) -> tuple[dict[str, Moments], bool]:
         with np.load(path, allow_pickle=False) as file:
             names = list(file)
             arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if any(not isinstance(array, np.ndarray) or array.dtype.kind != "f" for array in arrays.values()):
+            raise ValueError("its statistics are no arrays of floating-point numbers")
+    except Exception as error:  # numpy's parser of a damaged header raises nearly anything
         raise VarpiError(f"{path}: cannot be read as .npz ({line(error)})") from error
     statistics = {}
     for stream, suffix in (("pool", ""), ("spatial", "_s")):
