@@ -115,6 +115,8 @@ class DataSection(Section):
     """Read the data in order, as it comes, for sources that are too large to hold."""
     shuffle_buffer: Annotated[Int, Field(ge=1, le=2**24)] | None = None
     """Images that a stream shuffles among, beside its files; none: 1000."""
+    flip: bool = False
+    """Train on every image and on its mirror image; for sources with classes."""
     workers: Annotated[Int, Field(ge=0, le=2**10)] = 0
     """Processes (for a stream: threads) that read and crop images; 0 reads in the training process."""
     max_bad_fraction: Share = 0.01
@@ -126,6 +128,8 @@ class DataSection(Section):
             raise ValueError("caption_features cannot be looked up for a stream; leave out one of the two")
         if not self.stream and self.shuffle_buffer is not None:
             raise ValueError("shuffle_buffer is for streams; set stream: true or leave it out")
+        if self.stream and self.flip:
+            raise ValueError("flip needs data that can be looked up; leave out one of flip and stream")
         return self
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from varpi.data import Batches, Dataset, open_dataset
+from varpi.data.mirrored import Mirrored
 from varpi.data.stream import SHUFFLE_BUFFER, StreamBatches
 from varpi.errors import VarpiError
 from varpi.recipe import DataSection, Recipe
@@ -25,7 +26,7 @@ def open_batches(recipe: Recipe, world: World, classes: Sequence[str] | None = N
         "max_bad_fraction": data.max_bad_fraction,
     }
     if not data.stream:
-        return Batches(open_split(data, data.split, classes), **run)
+        return Batches(open_training_data(data, classes), **run)
     return StreamBatches.open(
         data.source,
         image_size=data.image_size,
@@ -38,6 +39,12 @@ def open_batches(recipe: Recipe, world: World, classes: Sequence[str] | None = N
         shuffle_buffer=data.shuffle_buffer or SHUFFLE_BUFFER,
         **run,
     )
+
+
+def open_training_data(data: DataSection, classes: Sequence[str] | None = None) -> Dataset:
+    """What a run trains on, with random access, its indices those of the batches. classes: as for `open_batches`."""
+    dataset = open_split(data, data.split, classes)
+    return Mirrored(dataset) if data.flip else dataset
 
 
 def open_split(data: DataSection, split: str, classes: Sequence[str] | None = None) -> Dataset:

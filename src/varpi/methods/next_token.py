@@ -3,22 +3,17 @@
 What generators are pretrained with, and the control that any post-training must beat at equal steps.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from varpi import objective
 from varpi.data import Batch
-from varpi.generators import Generator
+from varpi.data.opening import open_training_data
 from varpi.methods import Outcome
+from varpi.methods.teacher_forcing import GeneratorMethod, parts
+from varpi.methods.token_cache import cached_tokens
 from varpi.recipe import MethodSection, Recipe, Share
-from varpi.runtime.processes import autocast
-from varpi.runtime.randomness import Stream, uniforms
-from varpi.runtime.stages import Stages
-from varpi.tokenizers import Tokenizer
-from varpi.weights import save_generator
-from varpi.weights.pair import load_pair
 
 
 class Settings(MethodSection):
@@ -28,62 +23,46 @@ class Settings(MethodSection):
 
     condition_drop: Share = 0.1
     """Probability that an image's condition is replaced by the null condition."""
+    token_cache: str | None = None
+    """Folder for the tokens of all training images, made once for a tokenizer and its data; none: in every step."""
+
+    def check(self, recipe: Recipe) -> None:
+        if self.token_cache is not None and recipe.data.stream:
+            raise ValueError("method.token_cache needs data that can be looked up; leave out one of it and data.stream")
 
 
-class NextToken:
-    def __init__(
-        self,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        settings: Settings,
-        *,
-        seed: int = 0,
-        precision: str = "fp32",
-        device: str = "cpu",
-    ) -> None:
-        self.model: Any = generator
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.seed = seed
-        self.precision = precision
-        self.device = device
-        self.frozen: tuple[Any, ...] = ()
-        self.stages = Stages(device)
+class NextToken(GeneratorMethod):
+    """tokens: int (n,N), of every image of the training data, by its index; without them each step encodes its own."""
+
+    def __init__(self, *args: Any, tokens: Tensor | None = None, **shared: Any) -> None:
+        super().__init__(*args, **shared)
+        self.tokens = tokens
 
     def loss(self, batch: Batch, step: int, rollout: None = None) -> Outcome:
         """Mean cross-entropy per token, in nats."""
-        self.model.train()
-        with self.stages("encode"):
-            targets = self.tokenizer.encode(batch.images)
-        condition = batch.condition
-        if self.settings.condition_drop > 0:
-            draws = uniforms(self.seed, step, batch.positions, (), stream=Stream.CONDITION_DROP, device=self.device)
-            condition = self.model.drop_condition(condition, draws < self.settings.condition_drop)
+        targets = self.encode(batch)
+        condition = self.model.drop_condition(batch.condition, self.drop(batch, step))
         with self.stages("transformer"):
-            loss = self._cross_entropy(targets, condition)
+            loss = objective.prior_loss(self.logits(self.model.train(), targets, condition), targets)
         return Outcome(loss, {"cross_entropy": loss.detach()})
 
-    def validation_loss(self, batch: Batch) -> Tensor:
-        self.model.eval()
-        return self._cross_entropy(self.tokenizer.encode(batch.images), batch.condition)
-
-    def save(self, path: Path, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
-        save_generator(self.model, path, state_dict=state_dict, extra=extra)
-
-    def _cross_entropy(self, targets: Tensor, condition: Any) -> Tensor:
-        with autocast(self.device, self.precision):
-            logits = self.model.logits(targets, condition)
-        return objective.prior_loss(logits, targets)
+    def encode(self, batch: Batch) -> Tensor:
+        if self.tokens is None:
+            return super().encode(batch)
+        return self.tokens[batch.indices].long().to(self.device)
 
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> NextToken:
-    assert isinstance(recipe.method, Settings)
-    pair = load_pair(recipe, num_classes, device)
-    return NextToken(
-        pair.generator,
-        pair.tokenizer,
-        recipe.method,
-        seed=recipe.seed,
-        precision=recipe.training.precision,
-        device=device,
-    )
+    settings = recipe.method
+    assert isinstance(settings, Settings)
+    shared = parts(recipe, num_classes, device)
+    tokens = None
+    if settings.token_cache is not None:
+        tokens = cached_tokens(
+            open_training_data(recipe.data),
+            shared["tokenizer"],
+            settings.token_cache,
+            image_size=recipe.data.image_size,
+            device=device,
+        )
+    return NextToken(**shared, tokens=tokens)

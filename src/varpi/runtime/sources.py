@@ -13,7 +13,7 @@ from varpi.runtime.files import line, read_json
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A file, a directory, a Hub id ("org/name[@revision][:file]"), or a state dict."""
 
-EMBEDDED = ("digits",)
+EMBEDDED = ("digits", "cifar10")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 SIDE_FILES = (
     "config.json",
@@ -58,7 +58,7 @@ def find(source: str | os.PathLike[str]) -> Path:
         return _download(match["repo"], match["revision"], match["file"])
     raise VarpiError(
         f"{os.fspath(source)[:300]}: no such file or directory, and neither a Hub id (org/name[@revision][:file]) nor "
-        f"an embedded pair ({', '.join(EMBEDDED)})"
+        f"embedded ({', '.join(EMBEDDED)})"
     )
 
 
@@ -66,7 +66,7 @@ def embedded(name: str, kind: str) -> Path:
     """The package's own weights: of the pair `name`, the "generator", the "tokenizer" or the "judge"."""
     path = Path(str(importlib.resources.files("varpi.embedded") / f"{name}-{kind}.safetensors"))
     if not path.is_file():
-        raise VarpiError(f"{path}: the embedded {kind} {name!r} is not in this installation; install varpi again")
+        raise VarpiError(f"{path}: this varpi has no embedded {kind} {name!r}; give a checkpoint of your own")
     return path
 
 
