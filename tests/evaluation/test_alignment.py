@@ -44,13 +44,13 @@ class Markov(nn.Module):
     def prepare_condition(self, condition: Any) -> Tensor:
         return torch.as_tensor(condition)
 
-    def new_cache(self, batch_size: int) -> None:
+    def new_cache(self, batch_size: int, *, static: bool = False) -> None:
         return None
 
     def prefill(self, condition: Tensor, cache: None) -> Tensor:
         return self.first.expand(len(condition), CODES)
 
-    def decode_step(self, tokens: Tensor, position: int, cache: None) -> Tensor:
+    def decode_step(self, tokens: Tensor, position: Tensor, cache: None) -> Tensor:
         return self.following[tokens]
 
 

@@ -149,7 +149,7 @@ def their_logits(model: Any, prompts: Iterable[list[int]], tokens: Tensor) -> Te
 def cached_logits(generator: Any, tokens: Tensor, condition: Any) -> Tensor:
     cache = generator.new_cache(len(tokens))
     logits = [generator.prefill(condition, cache)]
-    logits += [generator.decode_step(tokens[:, i], i, cache) for i in range(tokens.shape[1] - 1)]
+    logits += [generator.decode_step(tokens[:, i], torch.tensor(i), cache) for i in range(tokens.shape[1] - 1)]
     return torch.stack(logits, dim=1)
 
 
@@ -503,6 +503,8 @@ def test_shapes_that_are_refused(folder: Path, generator: Any) -> None:
         generator.logits(codes()[:, :9], condition)
     with pytest.raises(VarpiError, match="3 prompts, but the cache is for 2"):
         generator.prefill(condition, generator.new_cache(2))
+    with pytest.raises(VarpiError, match="its shapes are not static"):
+        generator.new_cache(2, static=True)
     tokenizer = varpi.load_tokenizer(folder)
     with pytest.raises(VarpiError, match=r"shape \(1, 3, 16, 18\).*divisible by 4"):
         tokenizer.encode(torch.zeros(1, 3, 16, 18))

@@ -104,13 +104,14 @@ def test_nothing_stays_on_the_meta_device(model: Any, generator: Janus) -> None:
 # -- teacher forcing and cached generation
 
 
-def test_teacher_forcing_and_cached_steps_agree(generator: Janus, tokens: Tensor) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_teacher_forcing_and_cached_steps_agree(generator: Janus, tokens: Tensor, static: bool) -> None:
     condition = generator.prepare_condition(PROMPTS)
     with torch.no_grad():
         whole = generator.logits(tokens, condition)
-        cache = generator.new_cache(len(condition))
+        cache = generator.new_cache(len(condition), static=static)
         steps = [generator.prefill(condition, cache)]
-        steps += [generator.decode_step(tokens[:, i], i, cache) for i in range(generator.num_tokens - 1)]
+        steps += [generator.decode_step(tokens[:, i], torch.tensor(i), cache) for i in range(generator.num_tokens - 1)]
     assert whole.shape == (3, 16, 64)
     torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-4, rtol=1e-4)
     assert whole.std() > 0.5
@@ -205,7 +206,7 @@ def test_one_prompt_of_one_token(generator: Janus, tokens: Tensor) -> None:
     condition = generator.prepare_condition([[hf.IDS[hf.BOI]]])
     cache = generator.new_cache(1)
     with torch.no_grad():
-        steps = [generator.prefill(condition, cache), generator.decode_step(tokens[:1, 0], 0, cache)]
+        steps = [generator.prefill(condition, cache), generator.decode_step(tokens[:1, 0], torch.tensor(0), cache)]
         whole = generator.logits(tokens[:1], condition)
     torch.testing.assert_close(torch.stack(steps, dim=1), whole[:, :2], atol=1e-4, rtol=1e-4)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden import golden
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
@@ -34,31 +35,51 @@ def lively(generator: LlamaGen) -> LlamaGen:
 CLASSES = torch.tensor([0, 1, 2, 3, 4, 0, 1])
 
 
-def cached_logits(generator: LlamaGen, tokens: Tensor, condition: Any) -> Tensor:
-    cache = generator.new_cache(len(tokens))
+def cached_logits(generator: LlamaGen, tokens: Tensor, condition: Any, *, static: bool) -> Tensor:
+    cache = generator.new_cache(len(tokens), static=static)
     logits = [generator.prefill(condition, cache)]
     for position in range(tokens.shape[1] - 1):
-        logits.append(generator.decode_step(tokens[:, position], position, cache))
+        logits.append(generator.decode_step(tokens[:, position], torch.tensor(position), cache))
     return torch.stack(logits, dim=1)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
-def test_cached_decoding_equals_teacher_forcing(generator: LlamaGen) -> None:
+def test_cached_decoding_equals_teacher_forcing(generator: LlamaGen, static: bool) -> None:
     tokens = torch.randint(24, (3, 16))
     generator.eval()
     expected = generator.logits(tokens, CLASSES[:3])
-    torch.testing.assert_close(cached_logits(generator, tokens, CLASSES[:3]), expected, atol=1e-5, rtol=0)
+    cached = cached_logits(generator, tokens, CLASSES[:3], static=static)
+    torch.testing.assert_close(cached, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_teacher_forcing_for_text() -> None:
+def test_a_static_step_is_one_graph_for_every_position(generator: LlamaGen) -> None:
+    """Recorded once, its operations are right at all positions: the host never looks at the position."""
+    tokens = torch.randint(24, (3, 16))
+    generator.eval()
+    cache = generator.new_cache(3, static=True)
+    logits = [generator.prefill(CLASSES[:3], cache)]
+
+    def step(tokens: Tensor, position: Tensor) -> Tensor:
+        return generator.decode_step(tokens, position, cache)
+
+    recorded = make_fx(step)(tokens[:, 0], torch.tensor(0))
+    logits += [recorded(tokens[:, i], torch.tensor(i)) for i in range(15)]
+    torch.testing.assert_close(torch.stack(logits, dim=1), generator.logits(tokens, CLASSES[:3]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_cached_decoding_equals_teacher_forcing_for_text(static: bool) -> None:
     config = LlamaGenConfig(32, 2, 2, vocab_size=24, grid=4, conditioning="text", condition_tokens=6, caption_dim=8)
     generator = lively(LlamaGen(config)).eval()
     mask = torch.tensor([[False] * 4 + [True] * 2, [True] * 6])
     condition = TextCondition(torch.randn(2, 6, 8) * mask[..., None], mask)
     tokens = torch.randint(24, (2, 16))
     expected = generator.logits(tokens, condition)
-    torch.testing.assert_close(cached_logits(generator, tokens, condition), expected, atol=1e-5, rtol=0)
+    cached = cached_logits(generator, tokens, condition, static=static)
+    torch.testing.assert_close(cached, expected, atol=1e-5, rtol=0)
     together = generate(generator, condition, greedy=True, guidance_scale=3.0)
     apart = [generate(generator, condition[i : i + 1], greedy=True, guidance_scale=3.0) for i in range(2)]
     assert torch.equal(together, torch.cat(apart))

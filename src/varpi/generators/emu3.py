@@ -197,7 +197,9 @@ class Emu3(Generator):
 
     # -- cached generation
 
-    def new_cache(self, batch_size: int) -> Cache:
+    def new_cache(self, batch_size: int, *, static: bool = False) -> Cache:
+        if static:
+            raise VarpiError("Emu3 consumes one token at a step or two, at the end of a row: its shapes are not static")
         return Cache(batch_size)
 
     def prefill(self, condition: PromptCondition, cache: Cache) -> Tensor:
@@ -208,16 +210,16 @@ class Emu3(Generator):
         cache.reset(shape, len(self.blocks), self.hf.lm_head.weight, visible[:, None, None])
         return self._consume(condition.ids, 0, cache)
 
-    def decode_step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
-        """Consume code number `position`, int64 (B,); float32 logits (B,V) of number `position` + 1.
+    def decode_step(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Consume codes (B,), all of them number `position`, int64 (); float32 logits (B,V) of the next ones.
 
         After the last code of a row the end of the line goes in with it.
         """
-        ids = self.code_ids[tokens][:, None]
-        if (position + 1) % self.grid == 0:
+        ids, number = self.code_ids[tokens][:, None], int(position)
+        if (number + 1) % self.grid == 0:
             ids = F.pad(ids, (0, 1), value=self.vocabulary[END_LINE])
         prompt = cache.visible.shape[-1] - self.inputs
-        return self._consume(ids, prompt + position + position // self.grid, cache)
+        return self._consume(ids, prompt + number + number // self.grid, cache)
 
     def _consume(self, ids: Tensor, start: int, cache: Cache) -> Tensor:
         cache.length = start

@@ -61,16 +61,24 @@ class Generator(Stored, ABC):
         """The condition with the null condition wherever `drop` (B,) is true."""
 
     @abstractmethod
-    def new_cache(self, batch_size: int) -> Any:
-        """A static key-value cache for `batch_size` sequences."""
+    def new_cache(self, batch_size: int, *, static: bool = False) -> Any:
+        """Room for the keys and values of `batch_size` sequences, written in place.
+
+        static: decoding attends to the whole of it under a mask, so that shapes and addresses are the same at every
+        position and the position is never asked for by the host, as CUDA graphs need. Otherwise it attends to what is
+        written alone, which is half the work. Raises VarpiError where a family cannot.
+        """
 
     @abstractmethod
     def prefill(self, condition: Any, cache: Any) -> Tensor:
         """Float32 logits (B,V) of image token 0; fills the cache with the condition."""
 
     @abstractmethod
-    def decode_step(self, tokens: Tensor, position: int, cache: Any) -> Tensor:
-        """Consume image token number `position` (B,); float32 logits (B,V) of the next one."""
+    def decode_step(self, tokens: Tensor, position: Tensor, cache: Any) -> Tensor:
+        """Consume image tokens (B,), all of them number `position`, int64 (); float32 logits (B,V) of the next ones.
+
+        position: on the CPU, or where the cache lies if that is static.
+        """
 
 
 def concat_conditions(first: Any, second: Any) -> Any:

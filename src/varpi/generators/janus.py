@@ -231,8 +231,8 @@ class Janus(Generator):
 
     # -- cached generation; `shifted_logits` has no part in it, as it has none in the released sampling code
 
-    def new_cache(self, batch_size: int) -> Cache:
-        return Cache(batch_size)
+    def new_cache(self, batch_size: int, *, static: bool = False) -> Cache:
+        return Cache(batch_size, static=static)
 
     def prefill(self, condition: PromptCondition, cache: Cache) -> Tensor:
         """Float32 logits (B,V) of image token 0; the cache then holds the P prompt positions."""
@@ -243,11 +243,15 @@ class Janus(Generator):
         hidden = self._language_model(prompt, attention_mask(condition.mask), _positions(condition.mask), cache)
         return self._head(hidden[:, -1])
 
-    def decode_step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
-        """Consume image token number `position`, int64 (B,); float32 logits (B,V) of number `position` + 1."""
-        start = cache.visible.shape[-1] - (self.num_tokens - 1) + position
-        visible = cache.visible[..., : start + 1]
-        cache.length = start
+    def decode_step(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Consume image tokens (B,), all of them number `position`, int64 (); float32 logits (B,V) of the next ones."""
+        prompt = cache.visible.shape[-1] - (self.num_tokens - 1)
+        if cache.static:
+            cache.at = position.to(tokens.device)[None] + prompt
+            visible = cache.visible & (torch.arange(cache.visible.shape[-1], device=tokens.device) <= cache.at)
+        else:
+            cache.length = prompt + int(position)
+            visible = cache.visible[..., : cache.length + 1]
         hidden = self._language_model(self._embed_images(tokens[:, None]), visible, visible[:, 0].sum(-1) - 1, cache)
         return self._head(hidden[:, -1])
 

@@ -118,15 +118,17 @@ class Cache:
     """Keys and values (B,H,S,E) of every layer, written in place, and `visible` bool (B,1,1,S), true where not padding.
 
     Made anew by each prefill, which first knows the length of the prompts. It stands where transformers' layers expect
-    a cache of theirs, and is twice as fast as its static one: what is not written yet is not attended to.
+    a cache of theirs. static: decoding attends to all of it, under a mask; otherwise to what is written alone.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, *, static: bool = False) -> None:
         self.batch_size = batch_size
+        self.static = static
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.visible = torch.empty(0)
         self.length = 0
+        self.at: Tensor | None = None
 
     def reset(self, shape: tuple[int, ...], layers: int, like: Tensor, visible: Tensor) -> None:
         """Room for keys of this shape, in the dtype and on the device of `like`."""
@@ -134,10 +136,12 @@ class Cache:
             raise VarpiError(f"{len(visible)} prompts, but the cache is for {self.batch_size}")
         self.keys = [like.new_zeros(shape) for _ in range(layers)]
         self.values = [like.new_zeros(shape) for _ in range(layers)]
-        self.visible, self.length = visible, 0
+        self.visible, self.length, self.at = visible, 0, None
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values at `length`; all up to them."""
+        """Put a layer's new keys and values at `length` and give all up to them; or, static, at `at` and give all."""
+        if self.at is not None:
+            return self.keys[layer].index_copy_(2, self.at, keys), self.values[layer].index_copy_(2, self.at, values)
         end = self.length + keys.shape[2]
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values

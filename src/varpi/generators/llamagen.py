@@ -84,6 +84,8 @@ class LayerCache:
 @dataclass
 class Cache:
     layers: list[LayerCache]
+    static: bool
+    """Whether decoding attends to all of it under a mask, rather than to what is written."""
     mask: Tensor | None = None
     """Bool (B,1,1,L+N), true where a key may be seen; set by `prefill` for text, None for classes."""
 
@@ -96,13 +98,24 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | None = None, start: int = 0
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        start: int | Tensor = 0,
     ) -> Tensor:
-        """x (B,S,D), rotary (S,E/2,2); positions start.. of the cache, when there is one, are written and seen."""
+        """x (B,S,D), rotary (S,E/2,2). Positions start.. of the cache, when there is one, are written and seen.
+
+        start: a tensor, int64 (1,), for S = 1: all of the cache is then seen, as far as the mask lets it.
+        """
         batch, length, dim = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.n_head, dim // self.n_head).unbind(2)
         q, k, v = rotate(q, rotary).transpose(1, 2), rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
+        if cache is not None and isinstance(start, Tensor):
+            k = cache.keys.index_copy_(2, start, k.type_as(cache.keys))
+            v = cache.values.index_copy_(2, start, v.type_as(cache.values))
+        elif cache is not None:
             end = start + length
             cache.keys[:, :, start:end] = k
             cache.values[:, :, start:end] = v
@@ -123,7 +136,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | None = None, start: int = 0
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+        start: int | Tensor = 0,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, cache, start))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
@@ -292,8 +310,8 @@ class LlamaGen(Generator):
 
     # -- cached generation
 
-    def new_cache(self, batch_size: int) -> Cache:
-        """A static cache of L + N positions in the module's dtype, on its device."""
+    def new_cache(self, batch_size: int, *, static: bool = False) -> Cache:
+        """A cache of L + N positions in the module's dtype, on its device."""
         weight = self.output.weight
         shape = (
             batch_size,
@@ -301,7 +319,7 @@ class LlamaGen(Generator):
             self.condition_tokens + self.num_tokens,
             self.config.dim // self.config.n_head,
         )
-        return Cache([LayerCache(shape, weight.device, weight.dtype) for _ in self.blocks])
+        return Cache([LayerCache(shape, weight.device, weight.dtype) for _ in self.blocks], static)
 
     def prefill(self, condition: Any, cache: Cache) -> Tensor:
         """Float32 logits (B,V) of image token 0; the cache then holds the L condition positions."""
@@ -311,17 +329,23 @@ class LlamaGen(Generator):
             mask = self._text_mask(condition, self.condition_tokens)
             visible = torch.ones(len(condition), self.num_tokens, dtype=torch.bool, device=x.device)
             cache.mask = torch.cat([condition.mask.bool(), visible], dim=1)[:, None, None]
-        return self._cached(x, 0, mask, cache)
+        return self._cached(x, self.rotary[: x.shape[1]], mask, cache, 0)
 
-    def decode_step(self, tokens: Tensor, position: int, cache: Cache) -> Tensor:
-        """Consume image token number `position`, int64 (B,); float32 logits (B,V) of number `position` + 1."""
-        start = self.condition_tokens + position
+    def decode_step(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Consume image tokens (B,), all of them number `position`, int64 (); float32 logits (B,V) of the next ones."""
+        x = self.token_embedding(tokens)[:, None]
+        if cache.static:
+            at = position.to(x.device)[None] + self.condition_tokens
+            mask = torch.arange(self.condition_tokens + self.num_tokens, device=x.device) <= at
+            if cache.mask is not None:
+                mask = mask & cache.mask
+            return self._cached(x, self.rotary.index_select(0, at), mask.expand(len(x), 1, 1, -1), cache, at)
+        start = self.condition_tokens + int(position)
         mask = None if cache.mask is None else cache.mask[..., : start + 1]
-        return self._cached(self.token_embedding(tokens)[:, None], start, mask, cache)
+        return self._cached(x, self.rotary[start : start + 1], mask, cache, start)
 
-    def _cached(self, x: Tensor, start: int, mask: Tensor | None, cache: Cache) -> Tensor:
+    def _cached(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache, start: int | Tensor) -> Tensor:
         x = self.dropout(x)
-        rotary = self.rotary[start : start + x.shape[1]]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, rotary, mask, layer, start)
         return self.output(self.norm(x[:, -1])).float()

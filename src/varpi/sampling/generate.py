@@ -132,10 +132,12 @@ def _decode(
     logits = generator.prefill(condition, cache)
     draws = draws.to(device)
     tokens = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=device)
+    positions = torch.arange(generator.num_tokens)
     for position, scale in enumerate(sampling.scales(generator.num_tokens)):
         if position:
             last = tokens[:, position - 1]
-            logits = generator.decode_step(torch.cat([last, last]) if guided else last, position - 1, cache)
+            last = torch.cat([last, last]) if guided else last
+            logits = generator.decode_step(last, positions[position - 1], cache)
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + scale * (conditional - null) if scale > 1 else conditional
