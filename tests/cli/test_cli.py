@@ -506,3 +506,10 @@ def test_what_a_run_cost(place: Place) -> None:
     found = costs(place / "run")
     assert (found["steps"], found["images"]) == (3, 24)
     assert found["transformer, FLOPs"] == 6 * weights * 16 * 24
+
+
+def test_the_embedded_pair_brings_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "digits", "--classes", "3", "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    with Image.open(tmp_path / "out" / "00000.png") as image:
+        assert image.size == (32, 32)
+    assert capsys.readouterr().err == ""

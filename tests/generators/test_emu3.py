@@ -458,8 +458,9 @@ def test_the_grid_is_that_of_the_release_unless_said(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"varpi_grid": 0}, "varpi_grid 0; it must be an integer above 0"),
-        ({"varpi_grid": "4"}, "varpi_grid '4'; it must be an integer above 0"),
+        ({"varpi_grid": 0}, "varpi_grid 0; it must be an integer from 1 to 1024"),
+        ({"varpi_grid": 10**6}, "varpi_grid 1000000; it must be"),
+        ({"varpi_grid": "4"}, "varpi_grid '4'; it must be an integer from 1 to 1024"),
         ({"vocabulary_map": None}, r"vocabulary_map has no '<\|extra_200\|>'"),
         (
             {"vocabulary_map": {k: v for k, v in VOCABULARY.items() if k != VISUAL[7]}},

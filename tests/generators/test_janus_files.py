@@ -343,6 +343,15 @@ def test_a_model_that_only_understands_images_is_refused(original: Pretrained) -
         ),
         ({"text_config": {"model_type": "nothing"}}, "config.json does not describe a Janus model"),
         ({"vision_config": {"patch_size": 0}}, "config.json does not describe a Janus model: .*zero"),
+        (
+            {"text_config": {"model_type": "llama", "num_hidden_layers": 10**9}},
+            "num_hidden_layers 1000000000, its tensors",
+        ),
+        ({"vq_config": {"num_res_blocks": 10**9}}, "says num_res_blocks 1000000000, its tensors are"),
+        (
+            {"text_config": {"model_type": "llama", "hidden_size": 2**62, "num_hidden_layers": 1}},
+            "config.json describe",
+        ),
         ({"vision_config": {"num_image_tokens": 100}}, r"config.json says 100 image tokens, but a grid of 24x24"),
     ],
 )
@@ -379,7 +388,7 @@ def test_special_tokens_are_looked_up_by_their_strings(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("tokenizer.json", "is not a text tokenizer"), ("generation_config.json", "is not JSON")],
+    [("tokenizer.json", "is not a text tokenizer"), ("generation_config.json", "cannot be read as JSON")],
 )
 def test_broken_text_files_are_refused(folder: Path, tmp_path: Path, file: str, message: str) -> None:
     source = hf.source(folder)

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,7 @@ from varpi.generators.language_model import (
     attention_mask,
     checkpointed,
     described,
+    on_meta,
     text_tokenizer,
     transformers,
 )
@@ -279,7 +281,7 @@ def assemble(source: Pretrained) -> Assembled:
     table, output = "hf.model.text_model.embed_tokens.weight", "hf.lm_head.weight"
     if config.tie_word_embeddings and table in tensors:  # unless the file holds two, which is what transformers heeds
         config.tie_word_embeddings = torch.equal(tensors.setdefault(output, tensors[table]), tensors[table])
-    with torch.device("meta"):
+    with on_meta(source, config.text_config, config.vq_config):
         return Assembled(Emu3(config, folder=source.folder, tokenizer=text_tokenizer(source.folder)), tensors)
 
 
@@ -289,7 +291,7 @@ def assemble_tokenizer(source: Pretrained) -> Assembled:
     tensors = {f"hf.{name.removeprefix(part)}": t for name, t in _tensors(source).items() if name.startswith(part)}
     if not tensors:
         raise VarpiError(f"{source.where}: has no image tokenizer (vqmodel.*)")
-    with torch.device("meta"):
+    with on_meta(source, config.vq_config):
         return Assembled(Emu3Tokenizer(config.vq_config), tensors)  # pyright: ignore[reportArgumentType]
 
 
@@ -309,12 +311,12 @@ def _config(source: Pretrained) -> "Emu3Config":
     for part in (config, config.text_config, config.vq_config):
         part.dtype = None  # the weights have one of their own, which may be another once they are saved again
     config.varpi_grid = grid = said.get("varpi_grid", GRID)
-    if type(grid) is not int or grid < 1:
-        raise VarpiError(f"{source.where}: config.json says varpi_grid {grid!r}; it must be an integer above 0")
-    needed = [END_LINE, IMAGE, BEGIN_IMAGE, *map(CODE.format, range(config.vq_config.codebook_size))]
-    missing = [name for name in needed if name not in (config.vocabulary_map or {})]
-    if missing:
-        raise VarpiError(f"{source.where}: config.json's vocabulary_map has no {missing[0]!r}; give a whole Emu3-Gen")
+    if type(grid) is not int or not 1 <= grid <= 1024:
+        raise VarpiError(f"{source.where}: config.json says varpi_grid {grid!r}; it must be an integer from 1 to 1024")
+    needed = chain((END_LINE, IMAGE, BEGIN_IMAGE), map(CODE.format, range(config.vq_config.codebook_size)))
+    missing = next((name for name in needed if name not in (config.vocabulary_map or {})), None)
+    if missing is not None:
+        raise VarpiError(f"{source.where}: config.json's vocabulary_map has no {missing!r}; give a whole Emu3-Gen")
     return config
 
 

@@ -36,6 +36,7 @@ from varpi.generators.language_model import (
     attention_mask,
     checkpointed,
     described,
+    on_meta,
     text_tokenizer,
     transformers,
 )
@@ -290,7 +291,7 @@ def assemble(source: Pretrained) -> Assembled:
     tokenizer = text_tokenizer(source.folder)
     ids = special_ids(source.folder, said, tokenizer)
     config.image_token_id = ids.get("image_token_id", config.image_token_id)
-    with torch.device("meta"):
+    with on_meta(source, config.text_config, config.vision_config, config.vq_config):
         generator = Janus(config, compat=source.compat, folder=source.folder, tokenizer=tokenizer, ids=ids)
     if generator.tied and embedding in tensors:
         tensors[output] = tensors[embedding]

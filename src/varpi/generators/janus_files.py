@@ -4,7 +4,6 @@ Everything is brought to transformers' names and its `JanusConfig`. deepseek's c
 fills in the rest: there the shapes of the tensors speak.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators.language_model import transformers
+from varpi.runtime.files import read_json
 from varpi.tokenizers.vq import VQConfig
 
 if TYPE_CHECKING:
@@ -260,10 +260,9 @@ def special_ids(folder: Path | None, config: Mapping[str, Any], tokenizer: "Text
     """The ids of the `SPECIAL` tokens, as far as they are known: from the tokenizer, else from the JSON files."""
     stored: dict[str, Any] = {}
     if folder is not None and (folder / "generation_config.json").is_file():
-        try:
-            stored = json.loads((folder / "generation_config.json").read_text())
-        except ValueError as error:
-            raise VarpiError(f"{folder / 'generation_config.json'}: is not JSON: {error}") from error
+        stored = read_json(folder / "generation_config.json")
+        if not isinstance(stored, dict):
+            raise VarpiError(f"{folder / 'generation_config.json'}: is a {type(stored).__name__}, not a mapping")
     known = {**config, **stored, **(stored.get("generation_kwargs") or {})}
     if tokenizer is not None:
         found = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}

@@ -43,6 +43,29 @@ def described(source: Pretrained, config_for: Callable[[str], Any]) -> dict[str,
     return config_for(source.architecture.lower()).to_dict()
 
 
+@contextmanager
+def on_meta(source: Pretrained, *parts: Any) -> Iterator[None]:
+    """Make a model on the meta device from a config.json, refusing what no checkpoint of so many tensors can be.
+
+    parts: the configurations whose repeated modules are counted before any is made.
+    """
+    for part in parts:
+        for name in ("num_hidden_layers", "num_res_blocks"):
+            count = getattr(part, name, 0)
+            if type(count) is not int or not 0 <= count <= len(source.tensors):
+                raise VarpiError(
+                    f"{source.where}: config.json says {name} {count!r:.40}, its tensors are {len(source.tensors)}"
+                )
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, OverflowError, TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, VarpiError):
+            raise
+        message = " ".join(str(error).split())
+        raise VarpiError(f"{source.where}: no model is as config.json describes it: {message:.200}") from error
+
+
 # -- prompts
 
 
