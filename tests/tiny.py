@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from varpi.data.classes import wordnet_ids
 from varpi.generators import LlamaGen, LlamaGenConfig
 from varpi.recipe import Recipe, load_recipe
 from varpi.tokenizers import VQ, VQConfig
@@ -60,13 +61,13 @@ def images(folder: Path, classes: str = "abc", per_class: int = 8, seed: int = 3
 
 
 def photographs(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 6) -> Path:
-    """A tree in ImageNet's layout: folders n00000000, n00000001, ... with one JPEG each, of these (width, height)."""
+    """A tree in ImageNet's layout: folders of its first classes, with one JPEG each, of these (width, height)."""
     draws = torch.Generator().manual_seed(seed)
-    for i, size in enumerate(sizes):
-        (folder / f"n{i:08d}").mkdir(parents=True)
+    for name, size in zip(wordnet_ids(), sizes, strict=False):
+        (folder / name).mkdir(parents=True)
         blocks = torch.randint(256, (6, 8, 3), generator=draws, dtype=torch.uint8)
         photograph = Image.fromarray(blocks.numpy()).resize(size, Image.Resampling.BICUBIC)
-        photograph.save(folder / f"n{i:08d}" / f"n{i:08d}_0.JPEG", quality=90)
+        photograph.save(folder / name / f"{name}_0.JPEG", quality=90)
     return folder
 
 

@@ -370,7 +370,7 @@ def test_data_without_the_split(place: Place) -> None:
         ("method.gruop_size=4", "va_pi.yaml: unknown key method.gruop_size; did you mean group_size?"),
         ("training.steps=lots", "va_pi.yaml: training.steps is 'lots'; it must be a valid integer"),
         ("method.reward.mse_weight=-1", "va_pi.yaml: method.reward.mse_weight is -1; it must be greater than or equal"),
-        ("method.group_size=1", "va_pi.yaml: method.group_size is 1; it must be greater than or equal to 2"),
+        ("method.group_size=0", "va_pi.yaml: method.group_size is 0; it must be greater than or equal to 1"),
         ("steps", "--set 'steps': expected key.path=value"),
     ],
 )
