@@ -68,12 +68,12 @@ def add(commands: Any) -> None:
 
 def _encode_images(options: argparse.Namespace) -> None:
     import torch
-    from safetensors.torch import save_file
 
     from varpi.data import BadImage, Dropped, open_dataset
     from varpi.recipe import read_architecture
     from varpi.runtime.files import check_output, write_aside
     from varpi.runtime.processes import choose_device
+    from varpi.runtime.tensors import write_safetensors
     from varpi.weights import load_tokenizer
 
     device = choose_device(options.device)
@@ -106,7 +106,7 @@ def _encode_images(options: argparse.Namespace) -> None:
     if dataset.num_classes is not None:
         tensors["classes"] = torch.tensor(classes)
     metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
-    write_aside(options.output, lambda aside: save_file(tensors, aside, metadata=metadata))
+    write_aside(options.output, lambda aside: write_safetensors(tensors, aside, metadata))
     say(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
 
 

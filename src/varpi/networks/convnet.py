@@ -10,12 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varpi.errors import VarpiError
 from varpi.runtime.files import write_aside
-from varpi.runtime.tensors import read_checkpoint
+from varpi.runtime.tensors import read_checkpoint, write_safetensors
 
 _NORM_GROUPS = 8
 
@@ -82,7 +81,7 @@ def save_classifier(
     description = {"format": 1, "kind": "classifier", "architecture": "small-conv-net", "config": config}
     metadata = {"format": "pt", **extra, "varpi": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    write_aside(path, lambda aside: save_file(tensors, aside, metadata=metadata))
+    write_aside(path, lambda aside: write_safetensors(tensors, aside, metadata))
 
 
 def load_classifier(path: str | os.PathLike[str], device: str = "cpu") -> SmallConvNet:

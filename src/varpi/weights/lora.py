@@ -27,7 +27,6 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise VarpiError("lora needs: pip install 'varpi[lora]'") from error
-    assert isinstance(generator, nn.Module)
     blocks = {id(module) for block in generator.blocks for module in block.modules()}
     layers = [
         name for name, module in generator.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks
