@@ -38,10 +38,7 @@ INTERFACES = {
     "methods": {"Settings", "from_recipe"},
 }  # fmt: skip
 """Names that several files of a room have because each is one of a kind: a command, a family, a method."""
-TWICE = {
-    "Architecture", "MARKER", "Outcome", "PREFIXES", "SUFFIXES", "Settings", "Source", "Validation", "check_output",
-    "is_run", "load_pair", "run", "write_samples",
-}  # fmt: skip
+TWICE = {"Architecture", "Outcome", "PREFIXES", "SUFFIXES", "Validation", "check_output", "load_pair"}
 """Names that still have two meanings: none may be added."""
 SAME_FILE = {"demo", "digits", "images", "tables", "rewards"}
 """Files of one name in several rooms: none may be added."""

@@ -22,7 +22,7 @@ AGREEMENT = "class_agreement"
 def measure(
     samples: torch.Tensor, classes: torch.Tensor, judge: SmallConvNet, reference_features: Features
 ) -> dict[str, float]:
-    """Judge one set of samples, as it would be after saving to 8-bit images.
+    """Measure one set of samples, as it would be after saving to 8-bit images.
 
     samples (n,3,32,32) in [-1,1]; classes (n,), what was asked; reference_features (m,D) = `embed` of real images.
     Returns frechet_distance, precision, recall, and class_agreement: the share of samples in which the judge sees the

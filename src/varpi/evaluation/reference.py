@@ -1,5 +1,6 @@
 """What samples are measured against: images, statistics that were computed from some, or both."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from varpi.errors import VarpiError
 from varpi.evaluation.statistics import Moments
 from varpi.runtime.files import line
 from varpi.runtime.tensors import sha256_of
-from varpi.samples.reading import DatasetImages, NpzImages, SampleSet, Source, open_samples
+from varpi.samples.reading import DatasetImages, NpzImages, SampleSet, open_samples
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Reference:
 
 
 def open_reference(
-    source: Source,
+    source: str | os.PathLike[str],
     *,
     split: str | None = None,
     image_size: int | None = None,

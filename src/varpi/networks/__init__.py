@@ -1,1 +1,1 @@
-"""Frozen networks that reward or judge images."""
+"""Frozen networks that reward or evaluate images."""

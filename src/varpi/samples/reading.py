@@ -31,7 +31,6 @@ from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, read_text
 
-Source = str | os.PathLike[str]
 RECORD = "sample.json"
 """What `varpi sample` writes beside images, last of all: how they were made."""
 UNFINISHED = "unfinished.json"
@@ -253,7 +252,7 @@ class DatasetImages(_MappedImages):
         return to_uint8(self._dataset[index].image[None])[0]
 
 
-def open_samples(source: Source) -> SampleSet:
+def open_samples(source: str | os.PathLike[str]) -> SampleSet:
     """The images at `source`.
 
     source: a directory of `varpi sample`, whose samples.npz is read where there is one and whose sample.json says how

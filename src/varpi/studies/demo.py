@@ -36,7 +36,8 @@ RECIPES = {"control": "digits-next-token", "tuned": "digits"}
 TEMPERATURES = (0.8, 0.9)
 GUIDANCE_SCALES = (1.5, 2.0)
 FIRST_SEED = 1000
-MARKER = "demo.json"
+MARK = "demo.json"
+"""What lies in a folder that a demo made."""
 
 
 def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: int = 3) -> Path:
@@ -176,14 +177,14 @@ def _instruments(split: str) -> tuple[Tokenizer, SmallConvNet, torch.Tensor]:
 
 def _clear(output: Path) -> None:
     """Make room for the demo in `output`, where an earlier one may lie."""
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARKER).is_file())):
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).is_file())):
         raise VarpiError(f"{output} holds something that is not a demo; choose another --output")
     for name in ("control", "tuned"):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in ("metrics.json", "report.html"):
         (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).write_text("{}\n")
+    (output / MARK).write_text("{}\n")
 
 
 def _paragraph(samples: int, seeds: int, reference: int, training: Any) -> str:
