@@ -18,6 +18,7 @@ from varpi.training import train
 MODULE = '''"""Cross-entropy times a factor."""
 
 from varpi.methods import Outcome, next_token
+from varpi.methods.teacher_forcing import parts
 from varpi.recipe import MethodSection, Recipe, Weight
 
 
@@ -42,8 +43,7 @@ class Scaled(next_token.NextToken):
 
 
 def from_recipe(recipe, num_classes, device):
-    pair = next_token.load_pair(recipe, num_classes, device)
-    return Scaled(pair.generator, pair.tokenizer, recipe.method, seed=recipe.seed, device=device)
+    return Scaled(**parts(recipe, num_classes, device))
 '''
 
 
@@ -80,7 +80,7 @@ def test_trains_from_a_recipe(scaled: Path, pair: Path, tmp_path: Path) -> None:
     [
         (["method.facto=1"], "unknown key method.facto; did you mean factor?"),
         (["method.factor=-1"], "method.factor is -1; it must be greater than or equal to 0"),
-        (["method.name=scald"], "method.name is 'scald'; it must be one of 'cca', 'classifier', 'gft', "),
+        (["method.name=scald"], "method.name is 'scald'; it must be one of '"),
         (["training.batch_size=7"], "method scaled dislikes batches of 7"),
         (["tokenizer=null"], "method scaled needs a tokenizer"),
         (["training.updates_per_batch=2"], "training.updates_per_batch is 2, but method scaled has no rollouts"),
