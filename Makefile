@@ -15,7 +15,7 @@ help:
 	@echo "make test      the test suite; ARGS=... goes to pytest"
 	@echo "make lint      ruff and pyright"
 	@echo "make mutants   plants small faults, each alone; every one must make its tests fail; ARGS='-j 8 sampling'"
-	@echo "make soak      the long reliability run: kills and resumes, several processes"
+	@echo "make soak      the long reliability run: kills and resumes, several processes, damaged files"
 	@echo "make embedded  makes the embedded pair again from its recipes"
 	@echo "make clean     removes caches and build output; keeps $(VENV) and runs/"
 

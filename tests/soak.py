@@ -1,11 +1,13 @@
 """The long reliability run: a training run is killed with SIGKILL again and again, resumed each time, and must end with
-the very weights and the very log of a run that nobody touched.
+the very weights and the very log of a run that nobody touched. Then damaged files of every format (fuzz.py).
 
-    python tests/soak.py                             # twenty kills of one process, then twenty of two gloo processes
-    python tests/soak.py --kills 5 --processes 1
+    python tests/soak.py        # twenty kills of one process, twenty of two gloo processes, 20 000 damaged files
+    python tests/soak.py --kills 5 --processes 1 --cases 0
 
 A life ends at a random moment: while the program starts and loads a checkpoint, in the middle of a step, or while a
-checkpoint is being written, which is made likelier than it is. Exits 1 when anything was lost.
+checkpoint is being written, which is made likelier than it is. Five more runs of each kind are killed while they write
+`model.safetensors`, and two that begin at once in one directory must be a run and a refusal. Exits 1 when anything was
+lost.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from varpi.training.state import newest_whole
 STRIDE = 8
 """A life makes about this many steps at most, so that the last kill comes before the run is through."""
 SETTINGS = ("training.save_every=2", "training.micro_batch=4", "data.workers=1", "method.prior=kl")
+MODEL_KILLS = 5
 PATIENCE = 600.0
 """Seconds after which something hangs."""
 
@@ -48,9 +51,9 @@ class Soak:
         self.moments = moments
         self.steps = (kills + 2) * (STRIDE + 4)
 
-    def start(self, run: Path) -> list[subprocess.Popen[bytes]]:
+    def start(self, run: Path, steps: int | None = None) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, "-m", "varpi", "train", str(self.pair / "va_pi.yaml"), "--output", str(run)]
-        for setting in (*SETTINGS, f"training.steps={self.steps}"):
+        for setting in (*SETTINGS, f"training.steps={steps or self.steps}"):
             command += ["--set", setting]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if self.processes > 1:
@@ -66,10 +69,10 @@ class Soak:
                 for rank in range(self.processes)
             ]
 
-    def finish(self, run: Path) -> float:
+    def finish(self, run: Path, steps: int | None = None) -> float:
         """Let a run come to its end; the seconds until its first new step."""
         begun, before = time.monotonic(), last_step(run)
-        processes = self.start(run)
+        processes = self.start(run, steps)
         try:
             while last_step(run) <= before and all(process.poll() is None for process in processes):
                 time.sleep(0.01)
@@ -102,6 +105,55 @@ class Soak:
             stop(processes)
         return "checkpoint" if self.writing() - left else "start" if place == "start" else "step"
 
+    def kill_while_writing(self) -> int:
+        """Kill short runs while they write their weights; how many had not yet, when they died."""
+        reference = self.run.with_name(f"short-{self.processes}")
+        self.finish(reference, steps=2)
+        expected = (reference / "model.safetensors").read_bytes()
+        early = 0
+        for number in range(MODEL_KILLS):
+            run = self.run.with_name(f"short-{self.processes}-{number}")
+            processes = self.start(run, steps=2)
+            try:
+                deadline = time.monotonic() + PATIENCE
+                while not any(run.glob(".model.safetensors.*")) and not (run / "model.safetensors").exists():
+                    if time.monotonic() > deadline or any(process.poll() for process in processes):
+                        raise Lost(f"{run} wrote no weights; see {self.log}")
+                time.sleep(self.moments.choice((0, 0, 0.0005, 0.002)))
+            finally:
+                stop(processes)
+            if not (run / "model.safetensors").exists():
+                early += 1
+            elif (run / "model.safetensors").read_bytes() != expected:
+                raise Lost(f"{run}/model.safetensors is half written, or another")
+            self.resume(run)
+            if (run / "model.safetensors").read_bytes() != expected:
+                raise Lost(f"{run}/model.safetensors is not that of a run that nobody touched")
+        return early
+
+    def resume(self, run: Path) -> None:
+        """Finish a short run, of which nothing but the weights may be left to write."""
+        processes = self.start(run, steps=2)
+        try:
+            codes = [process.wait(PATIENCE) for process in processes]
+        finally:
+            stop(processes)
+        if any(codes):
+            raise Lost(f"exit codes {codes}; see {self.log}")
+
+    def two_at_once(self) -> None:
+        """Two runs begin in one directory at the same time: one is carried out, the other refused."""
+        run = self.run.with_name("contested")
+        processes = [process for _ in range(2) for process in self.start(run)]
+        try:
+            codes = sorted(process.wait(PATIENCE) for process in processes)
+        finally:
+            stop(processes)
+        if codes != [0, 2] or b"another process is at work there" not in self.log.read_bytes():
+            raise Lost(f"of two runs at once the exit codes are {codes}, not 0 and 2; see {self.log}")
+        if not same(weights(run), weights(self.through)):
+            raise Lost("the weights of a contested run are not those of one alone")
+
     def writing(self) -> set[tuple[str, int]]:
         """Checkpoints that are being written, or were when a life ended."""
         found = set()
@@ -131,6 +183,11 @@ class Soak:
             raise Lost("the log is not that of the uninterrupted run")
         if steps_saved(self.run) != steps_saved(self.through):
             raise Lost("the checkpoints are not those of the uninterrupted run")
+        early = self.kill_while_writing()
+        print(f"  {MODEL_KILLS} kills while the weights were written, {early} before they were there", flush=True)
+        if self.processes == 1:
+            self.two_at_once()
+            print("  of two runs at once one was refused", flush=True)
         return places
 
 
@@ -157,7 +214,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each run (default: %(default)s)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of each run (default: 1 2)")
-    parser.add_argument("--seed", type=int, help="of the moments (default: another each time)")
+    parser.add_argument("--cases", type=int, default=20_000, help="of damaged files (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the moments and the damage (default: another each time)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
     folder = Path(tempfile.mkdtemp(prefix="varpi-soak-"))
@@ -175,6 +233,9 @@ def main() -> int:
         ended = ", ".join(f"{count} in {place}" for place, count in places.items())
         print(f"  {options.kills} kills ({ended}); weights and log bit-identical; {time.monotonic() - begun:.0f} s")
     shutil.rmtree(folder)
+    if options.cases:
+        fuzz = Path(__file__).with_name("fuzz.py")
+        return subprocess.run([sys.executable, fuzz, "--cases", str(options.cases), "--seed", str(seed)]).returncode
     return 0
 
 
