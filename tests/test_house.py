@@ -40,7 +40,7 @@ INTERFACES = {
 """Names that several files of a room have because each is one of a kind: a command, a family, a method."""
 TWICE = {"Architecture", "Outcome", "PREFIXES", "SUFFIXES", "Validation", "check_output", "load_pair"}
 """Names that still have two meanings: none may be added."""
-SAME_FILE = {"demo", "digits", "images", "tables", "rewards"}
+SAME_FILE = {"digits", "images", "tables", "rewards"}
 """Files of one name in several rooms: none may be added."""
 
 
@@ -142,3 +142,4 @@ def test_a_file_name_is_used_once() -> None:
         if room(name) not in {"cli", *STORES} and path.name != "__init__.py":  # a command is called after what it does
             homes[path.stem].append(name)
     assert {stem: places for stem, places in homes.items() if len(places) > 1 and stem not in SAME_FILE} == {}
+    assert {stem for stem in SAME_FILE if len(homes[stem]) < 2} == set(), "take out what is used once by now"
