@@ -62,6 +62,20 @@ def test_next_token_is_cross_entropy_by_hand(pair: Path) -> None:
     assert abs(expected - undropped) > 1e-3
 
 
+def test_next_token_validates_without_dropout(pair: Path) -> None:
+    """After a step in train mode, too."""
+    recipe = tiny.recipe(pair, "generator.dropout=0.5", method="next_token")
+    method: Any = build(recipe)
+    batch = batches(recipe).at(0)
+    with torch.no_grad():
+        method.loss(batch, 0)
+        assert method.model.training
+        held_out = method.validation_loss(batch)
+        targets = method.tokenizer.encode(batch.images)
+        expected = F.cross_entropy(tiny.generator().logits(targets, batch.condition).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(held_out, expected, atol=1e-5, rtol=0)
+
+
 def test_the_control_drops_the_same_conditions(pair: Path) -> None:
     """VA-π and its control see the same images with the same conditions in every step."""
     recipes = [tiny.recipe(pair, "method.condition_drop=0.5", method=name) for name in ("va_pi", "next_token")]

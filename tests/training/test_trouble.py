@@ -5,7 +5,11 @@ import json
 import logging
 import math
 import os
+import re
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +252,34 @@ def test_what_and_where_and_from_where_on(
     assert message.endswith(f"({line(error)}); the newest checkpoint is step-00000002")
     run = quiet(recipe, tmp_path / "run", resume=True)
     assert same(weights(run), weights(through))
+
+
+def test_a_data_worker_that_is_killed(pair: Path, tmp_path: Path) -> None:
+    """As the kernel does when memory is short. In a program of its own: torch tells of it at any moment."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "varpi",
+        "train",
+        str(pair / "va_pi.yaml"),
+        "--output",
+        str(run),
+        "--device",
+        "cpu",
+    ]
+    for setting in ("training.steps=100000", "data.workers=1"):
+        command += ["--set", setting]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    log = run / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(worker), signal.SIGKILL)
+    last = process.communicate(timeout=120)[1].splitlines()[-1]
+    assert process.returncode == 2
+    said = r"varpi train: after step \d+: a worker that loads data was killed, .*; set data\.workers lower \(.*\); "
+    assert re.fullmatch(said + "there is no checkpoint yet", last)
 
 
 def test_other_errors_are_not_dressed_up(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

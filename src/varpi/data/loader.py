@@ -174,7 +174,7 @@ class Batches(Counts):
         """
         return self._checked(self._loader[step])
 
-    def from_step(self, step: int) -> Iterator[Batch]:
+    def from_step(self, step: int) -> Generator[Batch, None, None]:
         """Endless iterator over the batches of steps `step`, `step + 1`, …; the workers load ahead.
 
         Closing the iterator, dropping it or ending the program stops the workers.
@@ -183,7 +183,7 @@ class Batches(Counts):
             VarpiError: as `at`.
         """
         if self._workers == 0:
-            return map(self.at, itertools.count(step))
+            return (self.at(number) for number in itertools.count(step))
         stream = self._prefetched(step)
         close_at_exit(stream)
         return stream
@@ -200,7 +200,7 @@ class Batches(Counts):
         for loaded in loader:
             yield self._checked(loaded)
 
-    def from_cursor(self, cursor: int) -> Iterator[Batch]:
+    def from_cursor(self, cursor: int) -> Generator[Batch, None, None]:
         """`from_step`: a cursor is the number of the next batch."""
         return self.from_step(cursor)
 

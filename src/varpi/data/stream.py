@@ -183,7 +183,7 @@ class StreamBatches(Counts):
             )
         return saved[self._rank]
 
-    def from_cursor(self, cursor: int) -> Iterator[Batch]:
+    def from_cursor(self, cursor: int) -> Generator[Batch, None, None]:
         """Endless iterator over the batches from row `cursor` >= 0 of this process on; 0 is the first.
 
         A batch's `cursor` is what continues after it, and its `indices` number rows without two of a kind among the

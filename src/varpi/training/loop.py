@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _loop(
     cursor = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
     stream = batches.from_cursor(cursor)
     finished = is_over(recipe, progress)
-    with stop_request() as stop:
+    with stop_request() as stop, closing(stream):
         while not finished:
             begun = time.perf_counter()
             batch = next(stream)

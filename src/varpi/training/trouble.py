@@ -19,7 +19,7 @@ _LOST = ("connection closed by peer", "connection reset by peer", "nccl error", 
 
 @contextmanager
 def explained(run: Path, progress: Progress) -> Iterator[None]:
-    """Make a VarpiError of what is raised when memory is short, a number overflows, or another process is gone."""
+    """Make a VarpiError of what is raised when memory is short, a number overflows, or a process is gone."""
     try:
         yield
     except FloatingPointError as error:
@@ -33,6 +33,8 @@ def explained(run: Path, progress: Progress) -> Iterator[None]:
             )
         elif isinstance(error, OverflowError) or any(words in text for words in _OVERFLOW):
             what = "a number overflowed in the update; start again with a lower optimizer.learning_rate"
+        elif "dataloader worker" in text:
+            what = "a worker that loads data was killed, for want of memory perhaps; set data.workers lower"
         elif any(words in text for words in _LOST):
             what = "another process of the run has ended; what it said tells why"
         else:
