@@ -143,7 +143,7 @@ def test_encode(place: Place) -> None:
     assert tensors["classes"].tolist() == [0] * 8 + [1] * 8 + [2] * 8
     assert tensors["indices"].tolist() == list(range(24))
     with safe_open(place / "tokens.safetensors", framework="pt") as file:
-        assert file.metadata()["fingerprint"] == dataset.fingerprint
+        assert json.loads(file.metadata()["varpi"])["fingerprint"] == dataset.fingerprint
 
 
 def test_encode_leaves_out_what_it_cannot_read(place: Place) -> None:

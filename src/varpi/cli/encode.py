@@ -1,12 +1,11 @@
 """`varpi encode`: images into tokens, captions into features, once for many runs."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command, say, warn
+from varpi.cli.options import add_device, command, digest, say, warn
 from varpi.errors import VarpiError
 
 
@@ -25,7 +24,8 @@ def add(commands: Any) -> None:
         _encode_images,
         "images into tokens",
         "Encode every image of a data source. Writes a safetensors file: tokens int32 (images, N), indices int64, and\n"
-        "classes int64 where the source has them.",
+        "classes int64 where the source has them. Interrupted, the same command goes on where it was; under torchrun\n"
+        "the processes share the images, and the file is the same.",
     )
     parser.add_argument(
         "data", metavar="DATA", help="folder of class folders, HF dataset, parquet, Hub id, or `digits`"
@@ -67,61 +67,48 @@ def add(commands: Any) -> None:
 
 
 def _encode_images(options: argparse.Namespace) -> None:
-    import torch
-
-    from varpi.data import BadImage, Dropped, open_dataset
+    from varpi.data import open_dataset
+    from varpi.data.image_tokens import encode_images
     from varpi.recipe import read_architecture
-    from varpi.runtime.files import check_output, write_aside
-    from varpi.runtime.processes import choose_device
-    from varpi.runtime.tensors import write_safetensors
+    from varpi.runtime.processes import find_world
     from varpi.weights import load_tokenizer
 
-    device = choose_device(options.device)
-    if options.batch_size < 1:
-        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
     if not 1 <= options.image_size <= 2**14:
         raise VarpiError(f"--image-size is {options.image_size}; it must be from 1 to {2**14}")
-    check_output("--output", options.output)
+    world, output = find_world(options.device), Path(options.output)
     dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
     tokenizer = load_tokenizer(
-        options.tokenizer, architecture=read_architecture(options.tokenizer_architecture), device=device
+        options.tokenizer, architecture=read_architecture(options.tokenizer_architecture), device=world.device
     )
-    tokens, classes, indices = [], [], []
-    for start in range(0, len(dataset), options.batch_size):
-        images = []
-        for index in range(start, min(start + options.batch_size, len(dataset))):
-            try:
-                item = dataset[index]
-            except (BadImage, Dropped) as error:
-                warn(f"skipped: {error}")
-                continue
-            images.append(item.image)
-            classes.append(item.condition)
-            indices.append(index)
-        if images:
-            tokens.append(tokenizer.encode(torch.stack(images).to(device)).int().cpu())
-    if not tokens:
-        raise VarpiError(f"{options.data}: none of its {len(dataset)} images could be read")
-    tensors = {"tokens": torch.cat(tokens), "indices": torch.tensor(indices)}
-    if dataset.num_classes is not None:
-        tensors["classes"] = torch.tensor(classes)
-    metadata = {"data": options.data, "fingerprint": dataset.fingerprint, "tokenizer": options.tokenizer}
-    write_aside(options.output, lambda aside: write_safetensors(tensors, aside, metadata))
-    say(f"wrote the tokens of {len(indices)} of {len(dataset)} images to {options.output}")
+    count, made = encode_images(
+        dataset,
+        tokenizer,
+        output,
+        about={
+            "data": options.data,
+            "split": options.split,
+            "tokenizer": options.tokenizer,
+            "tokenizer_sha256": digest(options.tokenizer),
+        },
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        world=world,
+        skip=lambda reason: warn(f"skipped: {reason}"),
+        progress=world.is_main and sys.stderr.isatty(),
+    )
+    if world.is_main and made:
+        say(f"wrote the tokens of {count} of {len(dataset)} images to {output}")
+    elif world.is_main:
+        say(f"{output} holds the tokens of {count} of {len(dataset)} images already")
 
 
 def _encode_captions(options: argparse.Namespace) -> None:
     from varpi.data import open_dataset
     from varpi.data.caption_features import encode_captions
     from varpi.data.text_encoder import TextEncoder
-    from varpi.runtime.processes import choose_device
+    from varpi.runtime.processes import find_world
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(options.device)
-    if device == "cuda" and world_size > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if options.batch_size < 1:
-        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    world = find_world(options.device)
     dataset: Any = open_dataset(
         options.data, image_size=1, split=options.split, caption_column=options.caption_column, min_side=0
     )
@@ -129,15 +116,16 @@ def _encode_captions(options: argparse.Namespace) -> None:
         raise VarpiError(f"{options.data}: it has classes, not captions; try --caption-column")
     counts = encode_captions(
         dataset,
-        TextEncoder(options.text_encoder, max_tokens=options.max_tokens, device=device),
+        TextEncoder(options.text_encoder, max_tokens=options.max_tokens, device=world.device),
         Path(options.output),
         form=options.format,
         batch_size=options.batch_size,
-        rank=rank,
-        world_size=world_size,
-        progress=rank == 0 and sys.stderr.isatty(),
+        rank=world.rank,
+        world_size=world.size,
+        progress=world.is_main and sys.stderr.isatty(),
     )
+    share = f"process {world.rank} of {world.size}: " if world.size > 1 else ""
     say(
-        f"wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there already, "
-        f"{counts.dropped} of {len(dataset)} rows have no usable caption"
+        f"{share}wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there "
+        f"already, {counts.dropped} of {len(dataset)} rows have no usable caption"
     )

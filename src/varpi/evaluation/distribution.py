@@ -138,11 +138,12 @@ def check_distribution(
     metrics: Collection[str] | None = None,
     settings: DistributionSettings | None = None,
 ) -> None:
-    """Raise what `evaluate_distribution` would raise of these arguments, without looking at an image.
+    """Raise what `evaluate_distribution` would raise of these arguments, before there are samples to look at.
 
-    samples: perhaps `Announced`.
+    samples: perhaps `Announced`. The network is shown a black image of their size.
     """
     _Job(samples, reference, extractor, settings or DistributionSettings()).choose(metrics)
+    extractor(torch.zeros(1, 3, samples.height, samples.width, dtype=torch.uint8))
 
 
 @dataclass(frozen=True)

@@ -41,21 +41,21 @@ def claim(
         wait(lambda: (path.is_file() and not difference(path, asked)) or done() or None, f"{path}")
 
 
-def difference(path: Path, ours: Mapping[str, Any]) -> str | None:
-    """The first field in which the record at `path` differs from `ours`, in words; None when none does.
+def difference(theirs: Path | Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first field in which a record differs from `ours`, in words; None when none does.
 
-    Nor does a record that is not there.
-
-    Raises VarpiError when it cannot be read.
+    theirs: the record, or its file of JSON; no file is no difference. Raises VarpiError when it cannot be read.
     """
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise VarpiError(f"{path}: cannot be read ({line(error)}); remove it, or choose another place") from error
-    if not isinstance(theirs, dict):
-        return f"is a JSON {type(theirs).__name__} instead of a record"
+    if isinstance(theirs, Path):
+        try:
+            record = json.loads(theirs.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise VarpiError(f"{theirs}: cannot be read ({line(error)}); remove it, or choose another place") from error
+        if not isinstance(record, dict):
+            return f"is a JSON {type(record).__name__} instead of a record"
+        theirs = record
     for name, value in json.loads(json.dumps(ours)).items():
         if name not in theirs or theirs[name] != value:
             return f"{name} is {_short(theirs.get(name))}, here it is {_short(value)}"

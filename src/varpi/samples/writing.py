@@ -23,7 +23,7 @@ from varpi.data.images import decode
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.runtime.parts import claim, difference, wait
-from varpi.runtime.processes import World, total_memory
+from varpi.runtime.processes import World, check_batch
 from varpi.samples.images import NpzWriter, resize_384_to_256, save_grid, save_png
 from varpi.samples.reading import RECORD, UNFINISHED
 from varpi.sampling.generate import generate_with
@@ -70,7 +70,8 @@ def write_samples(
     if batch_size < 1:
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     batch_size = min(batch_size, count)
-    _check_batch(batch_size, generator, tokenizer, device)
+    pixels = (generator.grid * tokenizer.downsample) ** 2
+    check_batch(batch_size, 4 * (generator.vocab_size + 3 * pixels), device)  # a position's logits, the decoded image
     # Refused before anything is written; of captions the first stands for all, for they may go through an encoder
     generator.prepare_condition(condition if isinstance(condition, torch.Tensor) else condition[:1])
     request = {
@@ -161,17 +162,6 @@ def check_space(output: Path, count: int, side: int) -> None:
         raise VarpiError(
             f"{output}: no space left on the disk for {count:,} images of {side}x{side} pixels: they take about "
             f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; make fewer, or choose another disk"
-        )
-
-
-def _check_batch(size: int, generator: Any, tokenizer: Any, device: torch.device) -> None:
-    """Refuse a batch of which the logits of one position and the decoded images alone exceed the memory."""
-    side = generator.grid * tokenizer.downsample
-    needed, present = size * 4 * (generator.vocab_size + 3 * side * side), total_memory(device)
-    if needed > present:
-        raise VarpiError(
-            f"batch_size is {size:,}: so many images of {side}x{side} pixels take more than {needed / 1e9:,.0f} GB at "
-            f"once, and {device} has {present / 1e9:,.0f} GB; give a smaller one"
         )
 
 
