@@ -20,8 +20,9 @@ from torch import Tensor
 from varpi.data.dataset import BadImage, Dataset, Dropped
 from varpi.errors import VarpiError
 from varpi.runtime.files import write_aside
+from varpi.runtime.memory import check_memory
 from varpi.runtime.parts import claim, difference, wait
-from varpi.runtime.processes import World, check_batch
+from varpi.runtime.processes import World
 
 PART = 1024
 """Rows of the data in one part, about: as many whole batches as they hold."""
@@ -62,7 +63,8 @@ def encode_images(
     if batch_size < 1:
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     batch_size = min(batch_size, max(1, len(dataset)))
-    check_batch(batch_size, 4 * 3 * image_size**2, device)
+    images = f"batch_size {batch_size}: images of {image_size} pixels"
+    check_memory(batch_size * 4 * 3 * image_size**2, images, str(device))
     with torch.inference_mode():  # a size that the tokenizer refuses is refused before anything is written
         tokenizer.encode(torch.zeros(1, 3, image_size, image_size, device=device))
     asked = {

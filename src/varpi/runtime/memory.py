@@ -13,8 +13,12 @@ def physical_memory() -> int | None:
         return None
 
 
-def check_memory(size: int, what: str) -> None:
-    """Refuse what takes more bytes than this machine has. Raises VarpiError; `what` begins its message."""
-    there = physical_memory()
+def check_memory(size: int, what: str, device: str = "cpu") -> None:
+    """Refuse what takes more bytes than this machine, or its CUDA device, has. Raises VarpiError, `what` before all."""
+    there, where = physical_memory(), "this machine"
+    if device.startswith("cuda"):
+        import torch
+
+        there, where = torch.cuda.get_device_properties(device).total_memory, device
     if there is not None and size > there:
-        raise VarpiError(f"{what}: {size / 2**30:.0f} GiB are needed, and this machine has {there / 2**30:.0f}")
+        raise VarpiError(f"{what}: {size / 2**30:.0f} GiB are needed, and {where} has {there / 2**30:.0f}")

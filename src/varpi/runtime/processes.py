@@ -109,23 +109,6 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def total_memory(device: str | torch.device) -> int:
-    """Bytes of memory that a device has in all, the CPU's being the machine's."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_batch(size: int, needed: int, device: str | torch.device) -> None:
-    """Raise VarpiError when a batch of `size` exceeds the device's memory by the `needed` bytes of each image alone."""
-    present = total_memory(device)
-    if size * needed > present:
-        raise VarpiError(
-            f"batch_size is {size:,}: so many images take more than {size * needed / 1e9:,.0f} GB at once, and "
-            f"{device} has {present / 1e9:,.0f} GB; give a smaller one"
-        )
-
-
 def find_world(device: str | None) -> World:
     """The processes that torchrun started, which need not meet: this one's place among them. `device` as below."""
     device = choose_device(device)

@@ -22,8 +22,9 @@ from varpi.data import BadImage
 from varpi.data.images import decode
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
+from varpi.runtime.memory import check_memory
 from varpi.runtime.parts import claim, difference, wait
-from varpi.runtime.processes import World, check_batch
+from varpi.runtime.processes import World
 from varpi.samples.images import NpzWriter, resize_384_to_256, save_grid, save_png
 from varpi.samples.reading import RECORD, UNFINISHED
 from varpi.sampling.generate import generate_with
@@ -71,7 +72,8 @@ def write_samples(
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     batch_size = min(batch_size, count)
     pixels = (generator.grid * tokenizer.downsample) ** 2
-    check_batch(batch_size, 4 * (generator.vocab_size + 3 * pixels), device)  # a position's logits, the decoded image
+    least = 4 * (generator.vocab_size + 3 * pixels)  # a position's logits and the decoded image
+    check_memory(batch_size * least, f"batch_size {batch_size}: their logits and pixels", str(device))
     # Refused before anything is written; of captions the first stands for all, for they may go through an encoder
     generator.prepare_condition(condition if isinstance(condition, torch.Tensor) else condition[:1])
     request = {
