@@ -105,7 +105,7 @@ def test_npy_without_a_batch_dimension(dtype: Any, tmp_path: Path) -> None:
         (np.zeros((1, 0, 4), np.float32), r"a.npy: holds torch.float32 \(0, 4\)"),
         (np.zeros((2, 3), np.int64), r"a.npy: holds torch.int64 \(2, 3\)"),
         (np.full((2, 3), np.nan), r"a.npy: the caption features hold values that are not finite"),
-        (np.array([[None]]), r"a.npy: not a readable file of caption features \(ValueError: Object arrays"),
+        (np.array([[None]]), r"a.npy: not a readable file of caption features \(ValueError: it holds Python objects"),
     ],
 )
 def test_npy_that_holds_something_else(array: np.ndarray, match: str, tmp_path: Path) -> None:

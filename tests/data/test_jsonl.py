@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,33 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     twins = [_write(folder / "c.jsonl", [_line(1, tmp_path)]) for folder in (tmp_path, tmp_path / "other")]
     with pytest.raises(VarpiError, match=r"c\.jsonl and .*other/c\.jsonl have the same name"):
         JsonLines(twins, image_size=16).key(0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_lines_of_mere_whitespace_are_no_items(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varpi.data.jsonl._CHUNK", chunk)
+    one, two = (json.dumps(_line(red, tmp_path)).encode() for red in (1, 2))
+    for name, content in {
+        "blank": one + b"\n   \n\t\n" + two + b"\n  ",
+        "windows": b"\xef\xbb\xbf" + one + b"\r\n\r\n \r\n" + two + b"\r\n",
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+        lines = JsonLines([tmp_path / f"{name}.jsonl"], image_size=16)
+        assert [red_of(lines[index].image) for index in range(len(lines))] == [1, 2]
+        assert lines.key(1) == f"{name}/3"  # the number of the line in the file, blank ones counted
+
+
+def test_lines_that_cost_too_much_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = b'{"image_path": "x.png", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    lines = JsonLines([_write(tmp_path / "a.jsonl", [deep, _line(1, tmp_path)])], image_size=16)
+    with pytest.raises(Dropped, match=r"a\.jsonl:1: not a JSON object"):
+        lines[0]
+    monkeypatch.setattr("varpi.data.jsonl._LONGEST_LINE", 60)
+    with pytest.raises(Dropped, match=r"a\.jsonl:2: has \d+ bytes; at most 60 are read"):
+        lines[1]
+
+
+def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(VarpiError, match=r"a\.jsonl: cannot be read \(not a regular file\)"):
+        JsonLines([tmp_path / "a.jsonl"], image_size=16)

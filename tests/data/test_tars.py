@@ -232,3 +232,70 @@ def test_items_hold_captions(tmp_path: Path) -> None:
     item = open_dataset(write_shard(tmp_path / "a.tar", range(3)), image_size=16, caption_column="key")[1]
     assert isinstance(item, Item)
     assert (item.image.shape, item.condition) == ((3, 16, 16), "00001")
+
+
+def _raw(path: Path, header: tarfile.TarInfo, content: bytes = b"", form: int = tarfile.PAX_FORMAT) -> Path:
+    """A shard of one whole sample and, before it, a header made by hand."""
+    whole = write_tar(path, _members("a.png", "a.txt")).read_bytes()
+    path.write_bytes(header.tobuf(form) + content + bytes(-len(content) % 512) + whole)
+    return path
+
+
+def test_names_and_headers_beyond_all_measure_are_refused(tmp_path: Path) -> None:
+    """A name of 20 MB in a pax header, or one that claims to be 10 GB, costs neither memory nor time."""
+    long = tarfile.TarInfo("x" * 20_000_000 + ".png")
+    with pytest.raises(VarpiError, match=r"long\.tar: .* at byte 0 \(ReadError: a header of 20000\d+ bytes\)"):
+        _open(_raw(tmp_path / "long.tar", long))
+    with pytest.raises(VarpiError, match=r"middle\.tar: .* \(a name of 5004 characters\); no member is whole"):
+        _open(_raw(tmp_path / "middle.tar", tarfile.TarInfo("x" * 5000 + ".png")))
+    claim = tarfile.TarInfo("claim")
+    claim.type, claim.size = tarfile.XHDTYPE, 10_000_000_000
+    with pytest.raises(VarpiError, match=r"\(ReadError: a header of 10000000512 bytes\)"):
+        _open(_raw(tmp_path / "claim.tar", claim))
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (b"18 size=abcdefghi\n", "at byte 1536 .no tar header"),
+        (b"13 size=-1024\n", "at byte 0 .a.png has a negative si"),
+    ],
+)
+def test_a_broken_first_header_is_said_in_a_line(records: bytes, message: str, tmp_path: Path) -> None:
+    """A size below zero would lead back to itself for ever."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    with pytest.raises(VarpiError, match=f"a.tar: cut short or damaged {message}"):
+        _open(_raw(tmp_path / "a.tar", header, records))
+
+
+def test_a_header_that_no_tar_reads_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", _members("a.png", "a.txt"))
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", lambda archive: archive.undefined)  # whatever it raises
+    with pytest.raises(
+        VarpiError, match=r"a\.tar: cut short or damaged at byte 0 \(AttributeError: .*no member is whole"
+    ):
+        _open(path)
+
+
+def test_parts_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.json": b'{"caption": "a cat"}', "b.png": png(2)})
+    monkeypatch.setattr("varpi.data.tars._LARGEST_TEXT", 10)
+    shard = _open(path)
+    with pytest.raises(BadImage, match=r"a\.tar/a: its json has 20 bytes; at most 10 are read"):
+        shard[0]
+    assert [sorted(parts) for _, parts in read_samples(str(path))] == [["image"], ["image"]]
+
+
+def test_what_has_no_image_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {**_members("a.png", "a.txt"), "b.json": b"{}", "c.txt": b"c", "b.txt": b"b"}
+    assert len(_open(write_tar(tmp_path / "a.tar", members))) == 1
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{tmp_path}/a.tar: left out 2 of 3 samples: 2 without an image ({tmp_path}/a.tar/b)"
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "jfif", "ppm"])
+def test_every_format_is_an_image_in_a_shard(suffix: str, tmp_path: Path) -> None:
+    shard = _open(write_tar(tmp_path / "a.tar", {f"a.{suffix}": png(9), "a.txt": b"a"}))
+    assert red_of(shard[0].image) == 9

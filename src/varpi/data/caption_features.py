@@ -18,12 +18,14 @@ from varpi.data.dataset import BadImage, Captioned, Dropped, Item
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, write_aside, write_text
+from varpi.runtime.numpy_files import read_npy
 from varpi.runtime.parts import difference
 
 Form = Literal["safetensors", "npy"]
 """safetensors: "features" bfloat16 (L, C), which loses nothing of an encoder that computes in bfloat16. npy: float32
 (1, L, C), the files that LlamaGen's extraction writes and its training reads."""
 
+_MOST_BYTES = 1 << 28  # far more than any caption has
 # Where a dataset's first items have no features, the rest have none either: a wrong root, not some dropped captions.
 _LOOKED_FOR = 1000
 
@@ -61,7 +63,7 @@ def read_features(path: Path) -> Tensor:
     """
     try:
         if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
+            array = read_npy(path, _MOST_BYTES)
             features = torch.from_numpy(array[0] if array.ndim == 3 and len(array) == 1 else array)
         else:
             with safe_open(path, framework="pt") as file:

@@ -14,8 +14,12 @@ from varpi.data.captions import CAPTION_FIELDS, pick_caption
 from varpi.data.dataset import Dropped, Item
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
+from varpi.runtime.files import open_regular
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
+_LONGEST_LINE = 1 << 24
+_WRITTEN = np.ones(256, dtype=np.int64)
+_WRITTEN[list(b" \t\r\n\v\f")] = 0
 
 
 class JsonLines:
@@ -92,8 +96,10 @@ class JsonLines:
     def _record(self, index: int) -> tuple[str, dict[str, Any]]:
         file, (line, start, end) = self._place(index)
         name = f"{self._paths[file]}:{line + 1}"
+        if end - start > _LONGEST_LINE:
+            raise Dropped(f"{name}: has {end - start} bytes; at most {_LONGEST_LINE} are read")
         try:
-            with open(self._paths[file], "rb") as opened:
+            with open_regular(self._paths[file]) as opened:
                 opened.seek(start)
                 record = parse_record(opened.read(end - start))
         except OSError as error:
@@ -150,11 +156,17 @@ def shown(paths: Sequence[str]) -> str:
 
 def _index(path: str) -> tuple[np.ndarray, int]:
     """int64 (lines, 3): number, start and end of every line that is not blank; and the file's CRC-32."""
-    ends, length, checksum = [], 0, 0
+    ends, written, length, checksum = [], [], 0, 0
+    count = 0  # of bytes that are no whitespace, up to each line's end
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(_CHUNK):
-                ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + length)
+                bytes_ = np.frombuffer(chunk, np.uint8)
+                found = np.flatnonzero(bytes_ == ord("\n"))
+                counts = count + np.cumsum(_WRITTEN[bytes_])
+                ends.append(found + length)
+                written.append(counts[found])
+                count = int(counts[-1])
                 checksum = zlib.crc32(chunk, checksum)
                 length += len(chunk)
     except OSError as error:
@@ -162,4 +174,4 @@ def _index(path: str) -> tuple[np.ndarray, int]:
     stops = np.concatenate([*ends, [length]]).astype(np.int64)
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     lines = np.stack([np.arange(len(stops)), starts, stops], axis=1)
-    return lines[stops - starts > 1], checksum  # one byte is no JSON object, but may be the "\r" of a blank line
+    return lines[np.diff(np.concatenate([*written, [count]]), prepend=0) > 0], checksum

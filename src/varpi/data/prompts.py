@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi.errors import VarpiError
+from varpi.runtime.files import line as line_of
 from varpi.runtime.files import read_text
 
 KEYS = ("prompt", "text", "Prompt", "caption")
@@ -116,7 +117,7 @@ def _json_lines(path: Path) -> list[tuple[Any, str]]:
             try:
                 values.append((json.loads(line), where))
             except (ValueError, RecursionError) as error:
-                raise VarpiError(f"{where}: is not JSON ({error})") from error
+                raise VarpiError(f"{where}: is not JSON ({line_of(error)})") from error
     return values
 
 
@@ -125,7 +126,7 @@ def _json_rows(path: Path) -> list[str]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise VarpiError(f"{path}: is not JSON ({error})") from error
+        raise VarpiError(f"{path}: is not JSON ({line_of(error)})") from error
     if not isinstance(rows, list):
         raise VarpiError(f"{path}: is a JSON {type(rows).__name__}; expected a list of prompts")
     prompts = (
@@ -136,7 +137,10 @@ def _json_rows(path: Path) -> list[str]:
 
 
 def _table(path: Path) -> list[str]:
-    rows = list(csv.reader(_read(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        rows = list(csv.reader(_read(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise VarpiError(f"{path}: cannot be read as a table ({error})") from error
     if not rows or "Prompt" not in rows[0]:
         raise VarpiError(f"{path}: its first line has no column Prompt, by which PartiPrompts names its prompts")
     column, prompts = rows[0].index("Prompt"), []

@@ -5,6 +5,7 @@ A sample is all members of a shard whose names agree up to the first dot of the 
 """
 
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -20,9 +21,12 @@ from varpi.data.captions import CAPTION_FIELDS
 from varpi.data.dataset import BadImage, Dropped, Item
 from varpi.data.images import SUFFIXES
 from varpi.data.jsonl import check_names, find_caption, find_twins, parse_record, shown
+from varpi.data.listing import LeftOut
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
-from varpi.runtime.files import line
+from varpi.runtime.files import line, open_regular
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {suffix: "image" for suffix in SUFFIXES} | {".json": "json", ".txt": "txt"}
 # Where each part of a sample begins in the shard, in bytes, and its length; both 0 for a part that is not there
@@ -30,6 +34,11 @@ _PLACES = [(f"{kind}_{field}", np.int64) for kind in ("image", "json", "txt") fo
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)(?P<suffix>\.[^/]*)", re.DOTALL)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _OPEN_FILES = 256
+# Bounds of what a member may make us hold: tar itself has none, and one long name widens the index of all the others
+_LONGEST_NAME = 4096
+_LONGEST_HEADER = 1 << 20
+_LARGEST_TEXT = 1 << 24
+_LARGEST_IMAGE = 1 << 30
 
 
 class TarShards:
@@ -65,10 +74,15 @@ class TarShards:
         self._min_side = min_side
         digest = hashlib.sha256()
         self._shards: list[np.ndarray] = []  # one structured array each: worker processes share its pages
+        left_out, samples = LeftOut(), 0
         for path in self._paths:
-            index, members = _index(path)
+            index, members, without_image = _index(path)
             self._shards.append(index)
+            samples += len(index) + len(without_image)
+            for name in without_image:
+                left_out.add("without an image", f"{path}/{name}")
             digest.update(f"{os.path.basename(path)}\0{os.path.getsize(path)}\0{members}\0".encode())
+        left_out.say(shown(self._paths), samples, "samples")
         self._ends = np.cumsum([len(index) for index in self._shards])
         self._twins = find_twins(self._paths)
         self._handle = lru_cache(_OPEN_FILES)(_Handle)
@@ -108,6 +122,7 @@ class TarShards:
 
     def _read(self, shard: int, entry: Any, kind: str) -> bytes:
         path, size = self._paths[shard], int(entry[f"{kind}_size"])
+        _check_size(size, kind, f"{path}/{os.fsdecode(entry['key'])}")
         try:
             data = os.pread(self._handle(path).number, size, int(entry[f"{kind}_start"]))
         except OSError as error:
@@ -162,8 +177,11 @@ def read_samples(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         for key, members in groupby(_members(file, path), key=lambda member: member[0]):
             parts: dict[str, bytes] = {}
             for _, kind, start, size in members:
-                file.seek(start)
-                parts.setdefault(kind, file.read(size))
+                if size <= _largest(kind):
+                    file.seek(start)
+                    parts.setdefault(kind, file.read(size))
+                else:
+                    logger.warning("%s/%s: its %s has %d bytes and is left out", path, key, kind, size)
             if "image" in parts:
                 yield key, parts
 
@@ -180,8 +198,8 @@ def check_shard(path: str) -> None:
             raise VarpiError(f"{path}: does not end as a tar archive does; it was cut short: fetch it again")
 
 
-def _index(path: str) -> tuple[np.ndarray, int]:
-    """A structured array of the samples that have an image, and the number of members of the shard."""
+def _index(path: str) -> tuple[np.ndarray, int, list[str]]:
+    """A structured array of the samples with an image, the number of members of the shard, the samples without one."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     count = 0
     with _opened(path) as file:
@@ -194,15 +212,20 @@ def _index(path: str) -> tuple[np.ndarray, int]:
         if "image" in parts
     ]
     width = max((len(entry[0]) for entry in entries), default=1)
-    return np.array(entries, dtype=[("key", f"S{width}"), *_PLACES]), count
+    without_image = [key for key, parts in samples.items() if "image" not in parts]
+    return np.array(entries, dtype=[("key", f"S{width}"), *_PLACES]), count, without_image
 
 
 def _members(file: BinaryIO, path: str) -> Iterator[tuple[str, str, int, int]]:
     """(key, kind, start, size) of the members that belong to samples. The archive must be whole to its end."""
     size = os.fstat(file.fileno()).st_size
     last = None
-    archive: Any  # its list of members is missing in its type
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    headers: Any = _Headers(file)
+    try:
+        archive: Any = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - closing it would do nothing
+    except Exception as error:  # it reads the first header at once
+        raise VarpiError(_damaged(path, 0, None, line(error))) from error
+    with archive:
         while True:
             try:
                 member = archive.next()
@@ -211,10 +234,14 @@ def _members(file: BinaryIO, path: str) -> Iterator[tuple[str, str, int, int]]:
             if member is None:
                 break
             archive.members.clear()  # it would keep every one
+            if len(os.fsencode(member.name)) > _LONGEST_NAME:
+                raise VarpiError(_damaged(path, member.offset, last, f"a name of {len(member.name)} characters"))
+            if member.size < 0 or archive.offset <= member.offset:
+                raise VarpiError(_damaged(path, member.offset, last, f"{member.name} has a negative size"))
             if member.offset_data + member.size > size:
                 raise VarpiError(_damaged(path, member.offset_data, last, f"{member.name} goes beyond the file's end"))
             last = member.name
-            if member.isreg() and (match := _MEMBER.fullmatch(member.name)) is not None:
+            if member.isreg() and not member.issparse() and (match := _MEMBER.fullmatch(member.name)) is not None:
                 kind = _KINDS.get(match["suffix"].lower())
                 if kind is not None:
                     yield _inside(match["key"]), kind, member.offset_data, member.size
@@ -227,6 +254,29 @@ def _members(file: BinaryIO, path: str) -> Iterator[tuple[str, str, int, int]]:
         )
     if any(end):
         raise VarpiError(_damaged(path, archive.offset, last, "no tar header"))
+
+
+class _Headers:
+    """A file for tarfile, which reads only headers from it: none that is larger than any honest one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+        self.name, self.mode = file.name, "rb"
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _largest(kind: str) -> int:
+    return _LARGEST_IMAGE if kind == "image" else _LARGEST_TEXT
+
+
+def _check_size(size: int, kind: str, name: str) -> None:
+    if size > _largest(kind):
+        raise BadImage(f"{name}: its {kind} has {size} bytes; at most {_largest(kind)} are read")
 
 
 def _inside(key: str) -> str:
@@ -242,7 +292,7 @@ def _damaged(path: str, offset: int, last: str | None, reason: str) -> str:
 def _opened(path: str) -> BinaryIO:
     """A shard, open for reading, once its first bytes are those of a plain tar archive."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+        file = open_regular(path)
         begin = file.read(tarfile.BLOCKSIZE)
     except OSError as error:
         raise VarpiError(f"{path}: cannot be read ({error.strerror})") from error

@@ -11,9 +11,11 @@ import numpy as np
 from varpi.data import open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation.statistics import Moments
-from varpi.runtime.files import line
+from varpi.runtime.numpy_files import array_names, open_npz, read_arrays
 from varpi.runtime.tensors import sha256_of
 from varpi.samples.reading import DatasetImages, NpzImages, SampleSet, open_samples
+
+_MOST_BYTES = 1 << 30  # a covariance of 11 000 features
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,9 @@ def open_reference(
 
 def _read_statistics(path: Path) -> tuple[dict[str, Moments], bool]:
     """The statistics in an `.npz`, by stream, and whether it holds images as well."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file)
-            arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
-        if any(not isinstance(array, np.ndarray) or array.dtype.kind != "f" for array in arrays.values()):
-            raise ValueError("its statistics are no arrays of floating-point numbers")
-    except Exception as error:  # numpy's parser of a damaged header raises nearly anything
-        raise VarpiError(f"{path}: cannot be read as .npz ({line(error)})") from error
+    with open_npz(path) as archive:
+        names = array_names(archive)
+    arrays = read_arrays(path, ("mu", "sigma", "mu_s", "sigma_s"), _MOST_BYTES)
     statistics = {}
     for stream, suffix in (("pool", ""), ("spatial", "_s")):
         pair = f"mu{suffix}", f"sigma{suffix}"
@@ -92,6 +89,8 @@ def _read_statistics(path: Path) -> tuple[dict[str, Moments], bool]:
         if len(found) == 1:
             raise VarpiError(f"{path}: holds {found[0]} alone; {pair[0]} and {pair[1]} belong together")
         if found:
+            if any(arrays[name].dtype.kind not in "fiu" for name in pair):
+                raise VarpiError(f"{path}: {pair[0]} and {pair[1]} must hold numbers")
             mean, covariance = (arrays[name].astype(np.float64) for name in pair)
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                 raise VarpiError(

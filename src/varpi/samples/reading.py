@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 import signal
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from varpi.data import Dataset
-from varpi.data.images import SUFFIXES, decode, has_image_suffix
+from varpi.data.images import SUFFIXES, decode
+from varpi.data.listing import LeftOut, list_images
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, read_text
+from varpi.runtime.numpy_files import array_names, open_array, open_npz
 
 RECORD = "sample.json"
 """What `varpi sample` writes beside images, last of all: how they were made."""
@@ -139,28 +140,27 @@ class _NpzReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._archive = zipfile.ZipFile(path)
-        self._member = self._archive.open("arr_0.npy")
-        _read_header(self._member)
-        self._data = self._member.tell()
+        with ExitStack() as opening:
+            archive = opening.enter_context(open_npz(path))
+            self._member, self._header = opening.enter_context(open_array(archive, "arr_0"))
+            self._open = opening.pop_all()
 
     def read_into(self, array: np.ndarray, start: int) -> None:
         """Fill `array` (B,H,W,3) with the images from `start` on."""
         view = array.data.cast("B")
         try:
-            self._member.seek(self._data + start * array[0].nbytes)
+            self._member.seek(self._header.data + start * array[0].nbytes)
             filled = 0
             while filled < len(view) and (part := self._member.read(len(view) - filled)):
                 view[filled : filled + len(part)] = part
                 filled += len(part)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # zipfile and the decompressors have many words for a damaged file
             raise VarpiError(f"{self._path}: cannot be read as .npz ({line(error)})") from error
         if filled < len(view):
             raise VarpiError(f"{self._path}: cannot be read as .npz (it ends within arr_0)")
 
     def close(self) -> None:
-        self._member.close()
-        self._archive.close()
+        self._open.close()
 
 
 class _MappedImages(SampleSet):
@@ -215,8 +215,10 @@ class FolderImages(_MappedImages):
 
     def __init__(self, folder: Path) -> None:
         self.source = str(folder)
-        self._files = image_files(folder)
+        left_out = LeftOut()
+        self._files = image_files(folder, left_out)
         self.count = len(self._files)
+        left_out.say(str(folder), self.count + len(left_out), "files")
         if not self._files:
             raise VarpiError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
         self.width, self.height = decode(self._files[0], str(self._files[0])).size
@@ -292,13 +294,17 @@ def contents_sha256(height: int, width: int, digests: Iterable[np.ndarray]) -> s
     return whole.hexdigest()
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Every image below a directory, ordered by path, except hidden files and contact sheets (grid.png)."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if has_image_suffix(file.name) and file.name != "grid.png" and not file.name.startswith(".")
-    )
+def image_files(folder: Path, left_out: LeftOut | None = None) -> list[Path]:
+    """Every image below a directory, as `list_images` finds them, ordered by path, but for contact sheets (grid.png).
+
+    left_out: where files that are neither images nor made by `varpi sample` are counted.
+    """
+    found = list_images(folder, LeftOut() if left_out is None else left_out, expected=_is_expected)
+    return sorted(map(Path, found))
+
+
+def _is_expected(name: str) -> bool:
+    return name == "grid.png" or name.endswith((".npz", ".json", ".jsonl"))
 
 
 def _open_folder(path: Path) -> SampleSet:
@@ -331,28 +337,16 @@ def _sampling(folder: Path, count: int) -> dict[str, Any] | None:
 
 def _shape_in(path: Path) -> tuple[int, ...]:
     """The shape of arr_0 in an `.npz`, which must be of uint8 images."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "arr_0" not in names:
-                raise VarpiError(f"{path}: holds no array named arr_0 (found: {', '.join(names) or 'none'})")
-            with archive.open("arr_0.npy") as member:
-                shape, fortran, dtype = _read_header(member)
-    except VarpiError:
-        raise
-    except Exception as error:  # numpy's parser of a damaged header raises nearly anything
-        raise VarpiError(f"{path}: cannot be read as .npz ({line(error)})") from error
+    with open_npz(path) as archive:
+        if "arr_0" not in (names := array_names(archive)):
+            raise VarpiError(f"{path}: holds no array named arr_0 (found: {', '.join(names[:5]) or 'none'})")
+        with open_array(archive, "arr_0") as (_, header):
+            shape, dtype = header.shape, header.dtype
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise VarpiError(f"{path}: arr_0: expected uint8 of shape (B, H, W, 3), got {dtype} {shape}")
-    if fortran:
+    if header.fortran_order:
         raise VarpiError(f"{path}: arr_0 is stored column by column; save a C-contiguous array")
     return shape
-
-
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
 
 
 def _other_size(path: Path, shape: Sequence[int], first: Path, expected: Sequence[int]) -> VarpiError:
