@@ -54,6 +54,7 @@ def test_the_table_of_streams():
         "SUBSTITUTE": 5,
         "STREAM_FILES": 6,
         "REPORT_SAMPLES": 7,
+        "NEGATIVE_CLASS": 8,
         "GENERATION": 0x5A3B,
         "ALIGNMENT_ORDER": 0xA110,
         "ALIGNMENT_NOISE": 0xA111,
