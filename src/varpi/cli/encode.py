@@ -73,6 +73,8 @@ def _encode_images(options: argparse.Namespace) -> None:
     from varpi.runtime.processes import find_world
     from varpi.weights import load_tokenizer
 
+    if options.batch_size < 1:
+        raise VarpiError(f"--batch-size is {options.batch_size}; it must be at least 1")
     if not 1 <= options.image_size <= 2**14:
         raise VarpiError(f"--image-size is {options.image_size}; it must be from 1 to {2**14}")
     world, output = find_world(options.device), Path(options.output)

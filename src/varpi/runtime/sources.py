@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from varpi.errors import VarpiError
+from varpi.errors import VarpiError, printable
 from varpi.runtime import hub
 from varpi.runtime.files import line, read_json
 
@@ -33,9 +33,9 @@ SIDE_FILES = (
 
 
 def few(names: Iterable[object], most: int = 5) -> str:
-    """The first of them, separated by commas."""
+    """The first of them on one line, separated by commas; names come from files and can hold anything."""
     names = list(names)
-    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
 def find(source: str | os.PathLike[str]) -> Path:
