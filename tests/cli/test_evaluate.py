@@ -204,9 +204,44 @@ def test_a_page_of_a_comparison(samples: Path, tmp_path: Path, capsys: pytest.Ca
     run("evaluate", samples, *DIGITS, "--reference", samples, "--json", tmp_path / "other.json")
     assert run(*compare, names[0], f"other={tmp_path / 'other.json'}") == 2
     assert "have another reference" in capsys.readouterr().err
+    other = json.loads((tmp_path / "base.json").read_text())
+    (tmp_path / "objects.json").write_text(json.dumps({**other, "kind": "geneval", "metrics": {"overall": 0.3}}))
+    assert run(*compare, names[0], f"other={tmp_path / 'objects.json'}") == 2
+    assert "base has results of kind distribution and other of kind geneval: they do not" in capsys.readouterr().err
     assert run(*compare, "base.json") == 2
     assert "expected NAME=RESULT.json" in capsys.readouterr().err
     assert run("report", "--device", "cpu") == 2
     assert "give either a RUN or results to --compare" in capsys.readouterr().err
     assert run(*compare[:3], "--compare", *names) == 2
     assert "--output is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--features", "digits"], "image_size is 16; the embedded digits are 32x32"),
+        (["--features", "digits", "--reference", "images", "--metrics", "fid"], "the judge knows 32x32 digits"),
+        (["--features", "inception", "--weights", "gone.pth", "--reference", "images"], "gone.pth"),
+        (["--features", "digits", "--reference", "gone"], "gone: no such file"),
+        (["--features", "digits", "--reference", "images", "--metrics", "fdi"], "no metric 'fdi'"),
+        (["--features", "digits", "--reference", "images", "--kid-subset-size", 10, "--metrics", "kid"], "at least 10"),
+        (["--kind", "text"], "--kind text needs samples of prompts; these are of classes"),
+        (["--kind", "geneval"], "--geneval: give GenEval's metadata by --prompts"),
+    ],
+)
+def test_a_run_is_sampled_only_when_it_can_be_measured(
+    pair: Path, tmp_path: Path, more: list[Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
+    more = [str(pair / "images" / "train") if word == "images" else word for word in more]
+    assert run("evaluate", folder, "--per-class", 1, "--device", "cpu", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "samples").exists()
+
+
+def test_absurd_counts_are_refused(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [pair / "generator.safetensors", "--tokenizer", pair / "tokenizer.safetensors", "--device", "cpu"]
+    for flag in ("--count", "--per-class"):
+        assert run("sample", *given, flag, 10**15, "--output", tmp_path / "samples") == 2
+        assert "no space left on the disk for" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()

@@ -52,6 +52,7 @@ def report_comparison(
     Raises VarpiError for results that do not compare, and as the parts of the page do.
     """
     results = {name: [read_result(path) for path in paths] for name, paths in named.items()}
+    _check_kinds(results)
     first = {name: found[0] for name, found in results.items()}
     runs = runs or {}
     page = Page(
@@ -70,6 +71,18 @@ def report_comparison(
     )
     write_page(output, page)
     return output
+
+
+def _check_kinds(results: Mapping[str, Sequence[Result]]) -> None:
+    """Refuse a model of which nothing was measured that was measured of the base."""
+    kinds = {name: sorted({result.kind for result in found}) for name, found in results.items()}
+    base = next(iter(kinds))
+    for name, own in kinds.items():
+        if not {*own} & {*kinds[base]}:
+            raise VarpiError(
+                f"{base} has results of kind {', '.join(kinds[base])} and {name} of kind {', '.join(own)}: they do not "
+                "compare; evaluate both alike"
+            )
 
 
 def _samples(result: Result) -> SampleSet | None:
