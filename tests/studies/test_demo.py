@@ -57,6 +57,7 @@ def by_hand(count: int, seeds: tuple[int, ...]) -> dict[str, list[float]]:
         ({"samples": 40}, "--samples is 40"),
         ({"seeds": 1}, "--seeds is 1; an uncertainty needs at least 2"),
         ({"steps": 0}, "--steps is 0; it must be at least 1"),
+        ({"steps": 2**40}, "training.steps"),
     ],
 )
 def test_a_demo_that_is_refused(options: dict[str, int], message: str, tmp_path: Path) -> None:

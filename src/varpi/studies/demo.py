@@ -48,10 +48,10 @@ def demo(output: Path, *, steps: int | None = None, samples: int = 1000, seeds: 
         raise VarpiError(f"--seeds is {seeds}; an uncertainty needs at least 2, and there are at most 1000")
     if steps is not None and steps < 1:
         raise VarpiError(f"--steps is {steps}; it must be at least 1")
-    _clear(output)
     begun = time.perf_counter()
     changes = [] if steps is None else [f"training.steps={steps}", f"training.save_every={steps}"]
     recipes = {name: load_recipe(recipe, changes) for name, recipe in RECIPES.items()}
+    _clear(output)
     training = recipes["tuned"].training
     _say(f"{training.steps} steps of training, twice; {seeds} x {samples} images of each of five models")
     with open_pool() as pool:
