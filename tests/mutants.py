@@ -184,6 +184,28 @@ MUTANTS = [
         "yield rows, slice(start, start + 1)",
         "objective/test_rewards.py",
     ),
+    # -- shapes
+    Mutant(
+        "held-out pairs are drawn in training",
+        "data/scenes.py",
+        " and (shape, color) not in HELD_OUT_PAIRS]",
+        "]",
+        "data/test_shapes.py -k held_out",
+    ),
+    Mutant(
+        "what is left of something is drawn on its right",
+        "data/scenes.py",
+        'in ("left of", "above") else',
+        'in ("right of", "below") else',
+        "data/test_shapes.py -k judged_right",
+    ),
+    Mutant(
+        "a star's box is a circle's",
+        "data/rendering.py",
+        "lower = lower * np.cos(0.2 * np.pi)",
+        "lower = lower * 1.0",
+        "data/test_shapes.py -k boxes",
+    ),
     # -- random streams
     Mutant(
         "all streams of a seed are one",

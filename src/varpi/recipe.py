@@ -96,7 +96,8 @@ class TokenizerSection(Section):
 
 class DataSection(Section):
     source: str
-    """A folder of class folders, tar shards or jsonl files; a Hugging Face dataset, parquet, a Hub id; `digits`."""
+    """A folder of class folders, tar shards or jsonl files; a Hugging Face dataset, parquet, a Hub id; `digits`,
+    `shapes`."""
     image_size: Annotated[Int, Field(ge=1, le=2**14)]
     """Side of the square training images, in pixels."""
     split: str = "train"

@@ -13,7 +13,7 @@ from PIL import Image
 from varpi.errors import VarpiError
 from varpi.evaluation.detections import Found, read_detections, write_detections
 from varpi.evaluation.geneval import (
-    TASKS,
+    GENEVAL_TASKS,
     evaluate_geneval,
     judge_geneval,
     read_geneval_folder,
@@ -308,7 +308,7 @@ def test_scores_by_hand(root: Path, tmp_path: Path) -> None:
     )
     assert result.kind == "geneval"
     assert result.metrics == SCORES
-    assert list(result.metrics) == ["overall", *(task for task in TASKS if task in SCORES)]
+    assert list(result.metrics) == ["overall", *(task for task in GENEVAL_TASKS if task in SCORES)]
     assert result.details["tasks"]["counting"] == {
         "prompts": 1,
         "prompts_with_a_correct_image": 1,

@@ -56,6 +56,7 @@ def test_the_table_of_streams():
         "REPORT_SAMPLES": 7,
         "NEGATIVE_CLASS": 8,
         "GENERATION": 0x5A3B,
+        "SCENES": 0x5CE7,
         "ALIGNMENT_ORDER": 0xA110,
         "ALIGNMENT_NOISE": 0xA111,
         "ALIGNMENT_SAMPLES": 0xA112,

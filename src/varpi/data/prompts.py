@@ -11,6 +11,7 @@ from varpi.runtime.files import line as line_of
 from varpi.runtime.files import read_text
 
 KEYS = ("prompt", "text", "Prompt", "caption")
+GENEVAL_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
 

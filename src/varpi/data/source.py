@@ -20,7 +20,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COMMA = re.compile(r",(?![^{}]*\})")
 _MOST_FILES = 1_000_000
 
-Kind = Literal["digits", "captioned-digits", "folders", "saved", "parquet", "tar", "jsonl", "hub"]
+Kind = Literal["digits", "captioned-digits", "shapes", "folders", "saved", "parquet", "tar", "jsonl", "hub"]
 _FILES: dict[str, Kind] = {".parquet": "parquet", ".tar": "tar", ".gz": "tar", ".tgz": "tar", ".jsonl": "jsonl"}
 
 
@@ -45,6 +45,7 @@ def open_dataset(
         source: one of
             "digits", the embedded 5000 handwritten digits (32x32; splits train, validation, test), or
             "captioned-digits", the same with sentences that name them;
+            "shapes", coloured shapes drawn by numbers, with GenEval's sentences (splits of `varpi.data.scenes.SCENES`);
             a tree of class folders, or a directory that holds one such tree per split;
             a directory written by `datasets.Dataset.save_to_disk`;
             parquet files, or a directory of them (splits told by their names);
@@ -118,7 +119,7 @@ def locate(source: str, split: str) -> Place:
     Raises:
         VarpiError: nothing is there, or files of several kinds; shards or jsonl files have no such split.
     """
-    if source in ("digits", "captioned-digits"):
+    if source in ("digits", "captioned-digits", "shapes"):
         return Place(source)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -157,10 +158,11 @@ def _open(
     place = locate(source, split)
     kind, paths = place.kind, place.paths
     table = kind in ("saved", "parquet", "hub")
-    if fields and kind in ("digits", "captioned-digits", "folders"):
-        what = "captions of its own" if kind == "captioned-digits" else "classes, and no field that could hold captions"
+    if fields and kind in ("digits", "captioned-digits", "shapes", "folders"):
+        captioned = kind in ("captioned-digits", "shapes")
+        what = "captions of its own" if captioned else "classes, and no field that could hold captions"
         raise VarpiError(f"{source}: has {what}; leave out caption_column")
-    if min_side is not None and (kind in ("digits", "captioned-digits", "folders") or (table and not fields)):
+    if min_side is not None and (kind in ("digits", "captioned-digits", "shapes", "folders") or (table and not fields)):
         raise VarpiError(f"{source}: min_side is for captioned images of many sizes; leave it out")
     if min_side is None:
         min_side = image_size
@@ -173,6 +175,10 @@ def _open(
         from varpi.data.digits import CaptionedDigits
 
         return CaptionedDigits(split=split, image_size=image_size)
+    if kind == "shapes":
+        from varpi.data.shapes import CaptionedShapes
+
+        return CaptionedShapes(split=split, image_size=image_size)
     if kind == "folders":
         from varpi.data.folder import ImageFolder
 

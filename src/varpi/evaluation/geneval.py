@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varpi.data.images import decode
-from varpi.data.prompts import GENEVAL_COLORS, read_geneval_metadata
+from varpi.data.prompts import GENEVAL_COLORS, GENEVAL_TASKS, read_geneval_metadata
 from varpi.errors import VarpiError
 from varpi.evaluation.detections import (
     Boxes,
@@ -36,8 +36,6 @@ from varpi.samples.images import save_png
 from varpi.samples.reading import SampleSet, open_samples
 from varpi.weights import sha256_of
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""The columns of the paper's Table 3."""
 IMAGES_PER_PROMPT = 4
 SETTINGS = {"threshold": 0.3, "counting_threshold": 0.9, "max_objects": 16, "position_threshold": 0.1}
 """Score above which a detection counts, and that for the task counting; detections of a class at most; the share of
@@ -369,7 +367,7 @@ def _judge_prompt(root: Path, prompt: PromptFolder, found: Mapping[str, Found], 
 
 def _by_task(judged: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Counts by task, in the order of the paper's table, others after: prompts, those with a right image, images, …"""
-    tasks = dict.fromkeys([task for task in TASKS if any(one["task"] == task for one in judged)])
+    tasks = dict.fromkeys([task for task in GENEVAL_TASKS if any(one["task"] == task for one in judged)])
     tasks |= dict.fromkeys(one["task"] for one in judged)
     return {
         task: {
@@ -384,7 +382,7 @@ def _by_task(judged: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 def _warnings(scores: Mapping[str, float], images: int, official: bool, detector: Detector | None) -> list[str]:
     warnings = []
-    if missing := [task for task in TASKS if task not in scores]:
+    if missing := [task for task in GENEVAL_TASKS if task not in scores]:
         warnings.append(f"no prompts of the task {', '.join(missing)}: overall is the mean of {len(scores)} tasks")
     if images != IMAGES_PER_PROMPT:
         warnings.append(f"{images} images a prompt; GenEval's protocol has {IMAGES_PER_PROMPT}")

@@ -39,6 +39,8 @@ class Stream(IntEnum):
     """Training: the mismatched class of each image, for CCA."""
     GENERATION = 0x5A3B
     """Free-running sampling."""
+    SCENES = 0x5CE7
+    """The captioned shapes: all that is in a scene."""
     ALIGNMENT_ORDER = 0xA110
     """Alignment: which images are measured."""
     ALIGNMENT_NOISE = 0xA111
