@@ -665,6 +665,20 @@ MUTANTS = [
         "methods/test_va_pi.py -k reference_has",
     ),
     Mutant(
+        "the decoder's samples see no context noise",
+        "methods/tokenizer_decoder.py",
+        "self.logits(self.generator, context, batch.condition)",
+        "self.logits(self.generator, targets, batch.condition)",
+        "methods/test_tokenizer_decoder.py -k plain_graph",
+    ),
+    Mutant(
+        "the codes' convolution stays as it was",
+        "methods/tokenizer_decoder.py",
+        "for part in (tokenizer.post_quant_conv, tokenizer.decoder):",
+        "for part in (tokenizer.decoder,):",
+        "methods/test_tokenizer_decoder.py -k resumes",
+    ),
+    Mutant(
         "the learning rate never reaches the optimizer",
         "training/loop.py",
         '            group["lr"] = rate\n',

@@ -87,8 +87,9 @@ def make(folder: Path) -> Path:
     }
     va_pi = {"name": "va_pi", "group_size": 4, "context_noise": 0.2, "reward": {"perceptual_weight": 0}}
     ste = {"name": "ste", "reward": {"perceptual_weight": 0}}
+    decoder = {"name": "tokenizer_decoder", "distances": {"perceptual_weight": 0}}
     plain = {name: {"name": name} for name in ("next_token", "cca", "gft")}
-    for name, method in {"va_pi": va_pi, "ste": ste, **plain}.items():
+    for name, method in {"va_pi": va_pi, "ste": ste, "tokenizer_decoder": decoder, **plain}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"method": method, **common}))
     return folder
 

@@ -145,6 +145,8 @@ class MethodSection(Section):
     """Which of the sections `generator` and `tokenizer` it has; the others are refused."""
     pretrained: ClassVar[bool] = False
     """Whether what it needs must come from checkpoints."""
+    trains: ClassVar[str] = "generator"
+    """Which one it trains, where it needs both: a run is those weights with the other's source."""
     reuses_rollouts: ClassVar[bool] = False
     """Whether it can make several updates from one batch."""
 

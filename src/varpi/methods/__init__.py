@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from varpi.data import Batch
+from varpi.generators import Generator
 from varpi.recipe import Recipe
 from varpi.runtime.stages import Stages
 
-__all__ = ["Method", "Outcome", "build_method"]
+__all__ = ["Method", "Outcome", "build_method", "generator_of"]
 
 
 @dataclass
@@ -64,3 +65,8 @@ def build_method(recipe: Recipe, num_classes: int | None, device: str) -> Method
     module = importlib.import_module(f"varpi.methods.{recipe.method.name}")
     torch.manual_seed(recipe.seed)  # for what starts from fresh weights
     return module.from_recipe(recipe, num_classes, device)
+
+
+def generator_of(method: Method) -> Generator | None:
+    """The generator that takes the conditions: the one that is trained, or else a frozen one."""
+    return next((model for model in (method.model, *method.frozen) if isinstance(model, Generator)), None)

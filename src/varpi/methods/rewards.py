@@ -18,8 +18,8 @@ from varpi.runtime.processes import autocast
 from varpi.tokenizers import Tokenizer
 
 
-class Reward(Section):
-    """Paper Eq. 10: minus the weighted sum of pixel and perceptual distances. A weight of 0 computes nothing."""
+class Distances(Section):
+    """Between images: a weighted sum of pixel and perceptual distances (Eq. 10). A weight of 0 computes nothing."""
 
     mse_weight: Weight = 1.0
     """Mean squared error over channels and pixels, images in [-1,1]."""
@@ -29,10 +29,6 @@ class Reward(Section):
     """The network of the perceptual distance; `digits` is the embedded one."""
     perceptual_weights: str | None = None
     """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
-    decode_batch: BatchSize = 16
-    """Token sequences decoded at once; bounds memory, changes no number."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the decoder and the perceptual network."""
 
     @model_validator(mode="after")
     def _some_reward(self) -> Self:
@@ -45,7 +41,16 @@ class Reward(Section):
         return self
 
 
-def load_reward_network(reward: Reward, device: str) -> Perceptual | None:
+class Reward(Distances):
+    """Paper Eq. 10: minus the distances of decoded samples."""
+
+    decode_batch: BatchSize = 16
+    """Token sequences decoded at once; bounds memory, changes no number."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the decoder and the perceptual network."""
+
+
+def load_reward_network(reward: Distances, device: str) -> Perceptual | None:
     """The network of the perceptual distance; None when its weight is 0."""
     if reward.perceptual_weight == 0:
         return None

@@ -14,7 +14,7 @@ from varpi.report.page import Page, write_page
 from varpi.report.provenance import costs, environment
 from varpi.runtime.processes import World
 from varpi.training import read_metrics
-from varpi.weights.pair import open_generator, open_pair
+from varpi.weights.pair import open_generator, open_pair, open_tokenizer
 
 CAPTIONS = 8
 """Captions that a page shows samples of."""
@@ -23,7 +23,7 @@ CAPTIONS = 8
 def report_run(run: Path, *, per_condition: int, device: str) -> Path:
     """Write RUN/report.html for a training run; returns its path.
 
-    With `per_condition` > 0, samples of the generator before and after, of ten classes or eight captions at most.
+    With `per_condition` > 0, samples from before and after, of ten classes or eight captions at most.
     """
     rows = read_metrics(run)
     recipe = parse_recipe(read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml"))
@@ -33,9 +33,11 @@ def report_run(run: Path, *, per_condition: int, device: str) -> Path:
         pair = open_pair(run, device=device)
         condition, asked = _examples(recipe, pair.generator.num_classes, per_condition)
         if recipe.generator.source is not None:
-            base = open_generator(recipe, device)
-            grids.append(draw_samples("before", base, pair.tokenizer, condition, 0, asked))
-            del base
+            base, tokenizer = open_generator(recipe, device), pair.tokenizer
+            if recipe.method.trains == "tokenizer":
+                tokenizer = open_tokenizer(recipe.tokenizer, device)
+            grids.append(draw_samples("before", base, tokenizer, condition, 0, asked))
+            del base, tokenizer
         grids.append(draw_samples("after", pair.generator, pair.tokenizer, condition, 0, asked))
     page = Page(
         title=f"{recipe.method.name} · {run.name}",

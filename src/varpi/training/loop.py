@@ -24,7 +24,7 @@ from varpi.data.opening import open_batches
 from varpi.data.stream import StreamBatches
 from varpi.errors import Stopped, VarpiError
 from varpi.generators import Generator
-from varpi.methods import Method, build_method
+from varpi.methods import Method, build_method, generator_of
 from varpi.recipe import Recipe
 from varpi.runtime.memory import check_memory
 from varpi.runtime.processes import World, joined_world, stop_request
@@ -88,8 +88,8 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
     batches = open_batches(recipe, world, known_class_names(recipe))
     validation = Validation(recipe, world, batches) if recipe.validation is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
-    if isinstance(method.model, Generator):
-        name_classes(method.model, recipe, batches)
+    if (generator := generator_of(method)) is not None:
+        name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
         shard(model, world)
     optimizer = make_optimizer(method.model, recipe.optimizer)

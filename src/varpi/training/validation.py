@@ -12,8 +12,7 @@ from varpi.data.loader import collate_conditions
 from varpi.data.opening import open_held_out
 from varpi.data.stream import StreamBatches
 from varpi.errors import VarpiError
-from varpi.generators import Generator
-from varpi.methods import Method
+from varpi.methods import Method, generator_of
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
 from varpi.training.state import Progress
@@ -70,8 +69,9 @@ def note_loss(progress: Progress, loss: float) -> bool:
 
 
 def prepare_condition(method: Method, condition: Any) -> Any:
-    """What data gives, in the form that the trained model takes."""
-    return method.model.prepare_condition(condition) if isinstance(method.model, Generator) else condition
+    """What data gives, in the form that the method's generator takes; without one, as it is."""
+    generator = generator_of(method)
+    return condition if generator is None else generator.prepare_condition(condition)
 
 
 def _readable(dataset: Dataset, indices: range) -> list[Item]:

@@ -68,12 +68,16 @@ def open_pair(
     """A pair in eval mode. source, architecture, image_size, device and dtype are those of `load_generator`.
 
     tokenizer: by default the one that belongs to the source: of an embedded pair or a transformers model its own, of a
-        run the one in its recipe.
+        run the one in its recipe. A run that trained a tokenizer for a generator is that pair.
     text_encoder: T5 directory or Hub id, for a generator that reads caption features; by default the run's.
 
     Raises VarpiError when a part cannot be read or the parts do not fit each other.
     """
     recipe = None if isinstance(source, Mapping) else recipe_of(source)
+    if recipe is not None and recipe.generator is not None and recipe.method.trains == "tokenizer":
+        assert recipe.generator.source is not None
+        tokenizer = source if tokenizer is None else tokenizer
+        source, architecture = recipe.generator.source, architecture or recipe.generator.architecture
     generator = load_generator(source, architecture=architecture, image_size=image_size, device=device, dtype=dtype)
     if tokenizer is None and tokenizer_architecture is None:
         if (isinstance(source, str) and source in EMBEDDED) or generator.hf_config is not None:
