@@ -665,6 +665,13 @@ MUTANTS = [
         "methods/test_va_pi.py -k reference_has",
     ),
     Mutant(
+        "the start keeps its adapters",
+        "methods/teacher_forcing.py",
+        "        with without_adapters(self.model):\n            logits",
+        "        with torch.no_grad():\n            logits",
+        "methods/test_va_pi_beyond.py -k with_adapters",
+    ),
+    Mutant(
         "the decoder's samples see no context noise",
         "methods/tokenizer_decoder.py",
         "self.logits(self.generator, context, batch.condition)",

@@ -20,6 +20,7 @@ from varpi.runtime.processes import World
 from varpi.training.loop import Trainer
 from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
+from varpi.weights import load_generator
 
 BEYOND = {
     "local": ("method.credit=local",),
@@ -148,6 +149,33 @@ def test_a_guided_prior_is_the_frozen_starts_own_guidance(pair: Path) -> None:
     expected = null + 3 * (logits(batch.condition) - null)
     expected[dropped] = null[dropped]  # an image without its condition learns the null model, not a guided one
     torch.testing.assert_close(rollout.guided_logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prior", ["guided", "kl"])
+def test_with_adapters_the_start_is_the_model_without_them(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, prior: str
+) -> None:
+    """No second generator is opened, and loss and gradient are those that a second one gives."""
+    recipe = tiny.recipe(pair, f"method.prior={prior}", "lora.rank=2", "generator.dropout=0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr("varpi.methods.teacher_forcing.open_generator", lambda *_: pytest.fail("a second generator"))
+        method = build(recipe)
+    assert (method.reference, method.frozen) == (None, ())
+    draws = torch.Generator().manual_seed(0)
+    trained = {name: p for name, p in method.model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data += 0.1 * torch.randn(p.shape, generator=draws)
+    results = []
+    for reference in (None, load_generator(pair / "generator.safetensors")):
+        method.reference = reference
+        torch.manual_seed(0)  # of dropout
+        outcome = method.loss(batches(recipe).at(0), 0)
+        results.append((outcome.metrics, torch.autograd.grad(outcome.loss, list(trained.values()))))
+    (own, gradients), (second, expected) = results
+    assert own["prior_loss"] > 0
+    assert all(torch.equal(own[name], second[name]) for name in own)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert sum(g.abs().sum() for g in gradients) > 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from training_runs import crash, numbers, quiet, same, weights
 from varpi.errors import VarpiError
 from varpi.recipe import Recipe
 from varpi.weights import load_generator, save_generator
-from varpi.weights.lora import add_adapters
+from varpi.weights.lora import add_adapters, without_adapters
 
 TOKENS = torch.arange(32).view(2, 16)
 CLASSES = torch.tensor([0, 2])
@@ -35,6 +35,18 @@ def recipe(pair: Path, *settings: str) -> Recipe:
 def test_fresh_adapters_change_nothing() -> None:
     with torch.no_grad():
         assert torch.equal(adapted().logits(TOKENS, CLASSES), tiny.generator().logits(TOKENS, CLASSES))
+
+
+def test_adapters_can_be_left_out_for_a_while() -> None:
+    """Also between a pass with them and its backward."""
+    generator = adapted(scale=0.5)
+    logits = generator.logits(TOKENS, CLASSES)
+    with torch.no_grad(), without_adapters(generator):
+        assert torch.equal(generator.logits(TOKENS, CLASSES), tiny.generator().logits(TOKENS, CLASSES))
+    assert not torch.equal(logits, tiny.generator().logits(TOKENS, CLASSES))
+    assert torch.equal(generator.logits(TOKENS, CLASSES), logits)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in generator.parameters() if p.requires_grad)
 
 
 def test_only_adapters_of_the_blocks_are_trainable() -> None:

@@ -49,9 +49,8 @@ class Cca(GeneratorMethod):
         condition = self.model.drop_condition(condition, dropped.repeat(2))
         tokens = targets.repeat(2, 1)
         with self.stages("transformer"):
-            with torch.no_grad():
-                start = self._log_likelihood(self.reference.eval(), tokens, condition)
-            gaps = self._log_likelihood(self.model.train(), tokens, condition) - start
+            start = log_likelihood(self.start_logits(tokens, condition), tokens)
+            gaps = log_likelihood(self.logits(self.model.train(), tokens, condition), tokens) - start
         with self.stages("loss"):
             loss, metrics = contrast(
                 *gaps.chunk(2),
@@ -61,10 +60,10 @@ class Cca(GeneratorMethod):
             )
         return Outcome(loss, metrics)
 
-    def _log_likelihood(self, generator: object, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Float32 (B,), of whole images in nats."""
-        logits = self.logits(generator, tokens, condition)
-        return objective.token_log_probs(logits, tokens[:, None])[:, 0].sum(dim=1)
+
+def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Float32 (B,) of whole images, in nats: logits (B,N,V) and their tokens int64 (B,N)."""
+    return objective.token_log_probs(logits, tokens[:, None])[:, 0].sum(dim=1)
 
 
 def contrast(

@@ -15,11 +15,14 @@ from varpi.runtime.randomness import Stream, uniforms
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import Tokenizer
 from varpi.weights import save_generator
+from varpi.weights.lora import without_adapters
 from varpi.weights.pair import load_pair, open_generator
 
 
 class GeneratorMethod:
     """The generator is trained, the tokenizer frozen. `reference` is the generator's frozen start, where one is needed.
+
+    With LoRA there is none: the start is the generator without its adapters.
 
     Shapes: B images, N tokens, V vocabulary.
     """
@@ -64,6 +67,18 @@ class GeneratorMethod:
         with autocast(self.device, self.precision):
             return generator.logits(tokens, condition)
 
+    @torch.no_grad()
+    def start_logits(self, tokens: Tensor, condition: Any) -> Tensor:
+        """(B,N,V) of the generator as it was before training, without dropout and without gradient."""
+        if self.reference is not None:
+            return self.logits(self.reference, tokens, condition)
+        was_training = self.model.training
+        self.model.eval()
+        with without_adapters(self.model):
+            logits = self.logits(self.model, tokens, condition)
+        self.model.train(was_training)
+        return logits
+
     def drop(self, batch: Batch, step: int) -> Tensor:
         """Bool (B,): the images that lose their condition, the same for every method of a seed."""
         if self.settings.condition_drop == 0:
@@ -81,10 +96,10 @@ class GeneratorMethod:
 
 
 def parts(recipe: Recipe, num_classes: int | None, device: str, *, reference: bool = False) -> dict[str, Any]:
-    """The arguments of a `GeneratorMethod`, loaded and checked; `reference`: with the frozen start."""
+    """The arguments of a `GeneratorMethod`, loaded and checked; `reference`: so that it has `start_logits`."""
     pair = load_pair(recipe, num_classes, device)
     frozen = None
-    if reference:
+    if reference and recipe.lora is None:
         frozen = open_generator(recipe, device)
         frozen.requires_grad_(False).eval()
     return {

@@ -60,7 +60,8 @@ class Settings(MethodSection):
     prior_guidance: Annotated[Float, Field(ge=1)] = 1.5
     """s, the scale of the guided prior. It moves into the weights: sample without guidance afterwards."""
     prior_weight: Weight = 0.1
-    """β (Eq. 11); 0 leaves the prior out, and with it the frozen copy."""
+    """β (Eq. 11); 0 leaves the prior out, and with it the frozen copy. With LoRA there is never one: the start is the
+    generator without its adapters."""
     clip_range: Annotated[Float, Field(gt=0, lt=1)] = 0.2
     """ε of the clipped ratio (Eq. 11)."""
     advantage_clip: Annotated[Float, Field(gt=0)] = 5.0
@@ -71,6 +72,11 @@ class Settings(MethodSection):
     """Probability that an image's condition is replaced by the null condition."""
     reward: Reward = Reward()
     compat: Compat = Compat()
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the prior needs the generator as it was before training."""
+        return self.prior != "cross_entropy" and self.prior_weight > 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -116,7 +122,7 @@ class Rollout:
 
 
 class VaPi(GeneratorMethod):
-    """The method. `reference` is the frozen start for the KL and the guided prior, given only with them."""
+    """The method. The KL and the guided prior, and they alone, have the generator's frozen start."""
 
     def __init__(
         self,
@@ -163,13 +169,13 @@ class VaPi(GeneratorMethod):
                 rollout.advantages = self._advantages(rewards)
         if settings.compat.rollout_in_eval:
             rollout.old_log_probs = objective.token_log_probs(logits, samples)
-        if self.reference is not None:
-            with self.stages("transformer"), torch.no_grad():
-                reference_logits = self.logits(self.reference, context, condition)
+        if settings.has_start:
+            with self.stages("transformer"):
+                reference_logits = self.start_logits(context, condition)
                 if settings.prior == "kl":
                     rollout.reference_log_probs = objective.token_log_probs(reference_logits, samples)
                 else:  # where an image's condition was dropped both passes are one, and so is their mixture
-                    null_logits = self.logits(self.reference, context, self.null(condition))
+                    null_logits = self.start_logits(context, self.null(condition))
                     rollout.guided_logits = objective.guide(reference_logits, null_logits, settings.prior_guidance)
         metrics = {"reward_mean": rewards.total.mean()}
         if settings.group_size > 1:
@@ -257,9 +263,8 @@ class VaPi(GeneratorMethod):
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:
     settings = recipe.method
     assert isinstance(settings, Settings)
-    reference = settings.prior != "cross_entropy" and settings.prior_weight > 0
     method = VaPi(
-        **parts(recipe, num_classes, device, reference=reference),
+        **parts(recipe, num_classes, device, reference=settings.has_start),
         perceptual=load_reward_network(settings.reward, device),
     )
     if settings.estimator == "first_order":

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on any generator, by `peft`; saved weights have them merged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,22 @@ def add_adapters(
     for name, parameter in generator.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def without_adapters(generator: nn.Module) -> Iterator[None]:
+    """Within, a generator computes what it did before `add_adapters`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in generator.modules() if isinstance(module, BaseTunerLayer)]
+    # Not by peft's own switch, which freezes the adapters too: a pass of theirs may be waiting for its backward.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merge(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
