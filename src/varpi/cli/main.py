@@ -12,10 +12,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from varpi import __version__
 from varpi.cli import demo, doctor, encode, evaluate, export, report, sample, train
 from varpi.errors import Stopped, VarpiError, printable
+from varpi.runtime.last_words import first_to_say, last_words
 
 COMMANDS = (demo, train, sample, evaluate, encode, export, report, doctor)
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -34,23 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns 0 when it did what was asked, 1 for a bug of varpi's own, 2 for what is refused or cannot be done here,
     and 128 plus the signal's number for a run that was stopped, as shells do: 130 for SIGINT, 143 for SIGTERM.
+    Of the processes of torchrun one says what all would say.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
+    handler.addFilter(lambda record: first_to_say(record.getMessage()))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         options.run(options)
     except (Exception, KeyboardInterrupt) as error:
-        code, lines = _explain(error, options.command, arguments)
-        print(f"varpi {options.command}: " + "\n".join(map(printable, lines)), file=sys.stderr)
+        code, lines = _explain(error, options.command)
+        text = f"varpi {options.command}: " + "\n".join(map(printable, lines))
+        with last_words(text) as ours:
+            if ours:
+                trace = f"; {printable(_write_trace(error, arguments))}" if code == 1 else ""
+                print(text + trace, file=sys.stderr)
         return code
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="varpi",
         description="Post-train autoregressive image generators so that their tokens decode into real images.",
         epilog="`varpi COMMAND --help` explains one. Start with `varpi demo`; `varpi doctor` checks this machine.",
@@ -62,7 +70,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _explain(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[int, Sequence[object]]:
+class _Parser(argparse.ArgumentParser):
+    """And so are those of the commands, whose type follows it."""
+
+    def error(self, message: str) -> NoReturn:
+        with last_words(message) as ours:
+            if ours:
+                super().error(message)
+        raise SystemExit(2)
+
+
+def _explain(error: BaseException, command: str) -> tuple[int, Sequence[object]]:
     """The exit code and the lines to print."""
     match error:
         case VarpiError():
@@ -77,7 +95,7 @@ def _explain(error: BaseException, command: str, arguments: Sequence[str]) -> tu
         case OSError():  # a full disk, or a place that may not be read or written
             where = f"{error.filename}: " if error.filename else ""
             return 2, [f"{where}{error.strerror or error}"]
-    return 1, [f"a bug in varpi ({_short(error)}); {_write_trace(error, arguments)}"]
+    return 1, [f"a bug in varpi ({_short(error)})"]
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ def explained(run: Path, progress: Progress) -> Iterator[None]:
     except FloatingPointError as error:
         raise VarpiError(f"{error}; {newest_kept(run)}") from error
     except (MemoryError, OverflowError, RuntimeError) as error:
-        text = str(error).lower()
+        text, details = str(error).lower(), f" ({line(error)})"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):
             what = (
                 "out of memory; use more processes, or start again with a lower training.micro_batch (and "
@@ -37,9 +37,10 @@ def explained(run: Path, progress: Progress) -> Iterator[None]:
             what = "a worker that loads data was killed, for want of memory perhaps; set data.workers lower"
         elif any(words in text for words in _LOST):
             what = "another process of the run has ended; what it said tells why"
+            details = ""  # all others say this, and by the same words it is said once
         else:
             raise
-        raise VarpiError(f"after step {progress.step}: {what} ({line(error)}); {newest_kept(run)}") from error
+        raise VarpiError(f"after step {progress.step}: {what}{details}; {newest_kept(run)}") from error
 
 
 class EqualRewards:
