@@ -148,8 +148,8 @@ def test_bf16(pair: Path, size: int, tmp_path: Path) -> None:
 
     One process that takes the batch in as many parts computes just what several do: the first step differs by the order
     of fp32 sums alone, 1e-6, where one bf16 rounding would be 4e-3. From then on weights that differ in their last bits
-    may fall on the other side of a bf16 rounding: 2e-3. Of three processes only the first loss is that near: in one, the
-    share of each part goes through the backward pass, and a third moves bf16 roundings, which halves and quarters do not.
+    may fall on the other side of a bf16 rounding: 2e-3. Of three processes only the first loss is so near: in one, the
+    share of each part goes through the backward pass, and a third moves bf16 roundings that a half or a quarter leaves.
     """
     settings = [setting for setting in SETTINGS if "micro_batch" not in setting]
     settings += ["training.batch_size=12", "training.precision=bf16", "training.steps=3", "optimizer.gradient_clip=1e9"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PATIENCE = 10.0
+LONGEST_WAIT = 10.0
 """Seconds for which a process that failed waits for the others of its machine to fail too."""
 
 
@@ -28,7 +28,7 @@ def first_to_say(text: str) -> bool:
 def last_words(text: str) -> Iterator[bool]:
     """Whether this process, which fails, is the `first_to_say` why.
 
-    In the end it waits until all of them have come to this, `PATIENCE` at most, and heeds no SIGTERM or SIGINT any
+    In the end it waits until all of them have come to this, `LONGEST_WAIT` at most, and heeds no SIGTERM or SIGINT any
     more: so each exits with its own code.
     """
     own = _own_folder()
@@ -49,7 +49,7 @@ def _end_together(attempt: Path) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-    everyone, deadline = int(os.environ["LOCAL_WORLD_SIZE"]), time.monotonic() + PATIENCE
+    everyone, deadline = int(os.environ["LOCAL_WORLD_SIZE"]), time.monotonic() + LONGEST_WAIT
     while len([*attempt.glob("*/failed")]) < everyone and time.monotonic() < deadline:
         time.sleep(0.05)
 
