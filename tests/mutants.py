@@ -485,6 +485,20 @@ MUTANTS = [
         "data/test_text_encoder.py -k cleaned",
     ),
     Mutant(
+        "captions that cleaning empties are trained on",
+        "data/caption_check.py",
+        "if not clean_caption(clean_caption(caption)):",
+        "if not caption:",
+        "data/test_caption_check.py -k cleaning",
+    ),
+    Mutant(
+        "a caption may fill the room of an image's first token",
+        "generators/language_model.py",
+        "if length > self.room:\n            message",
+        "if length > self.room + 1:\n            message",
+        "generators/test_janus.py -k check_of",
+    ),
+    Mutant(
         "T5 attends to its padding",
         "data/text_encoder.py",
         ", attention_mask=mask).last_hidden_state",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import tiny
 import tiny_t5
 import torch
 import yaml
+from cases import WHICH, caption_case
 from PIL import Image
 from training_runs import crash, numbers, quiet, same, weights
 
@@ -175,7 +177,7 @@ FLUX = 'data.caption_column=["caption_original", "caption_detail"]'
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_parquet_with_the_columns_of_flux_reason(
-    stream: bool, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stream: bool, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rows without a caption, or with too small an image, are left out and counted, not trained on."""
     good = [(CAPTIONS[i] if i % 2 else None, CAPTIONS[i], jpeg(i)) for i in range(10)]
@@ -184,8 +186,54 @@ def test_parquet_with_the_columns_of_flux_reason(
     settings = (f"data.source={file}", FLUX, f"data.stream={str(stream).lower()}", "training.steps=4")
     assert train(text, tmp_path / "run", *settings) == 0
     assert len(numbers(tmp_path / "run")) == 4
-    said = capsys.readouterr().err
-    assert "no caption, or too small" in said
+    where = f"{file}[train]" if not stream else f"{file}[train] file 0"
+    line = caplog.records[-1].getMessage()
+    assert re.match(rf"{file}: left out \d+ of \d+ images: ", line)
+    assert re.search(rf"\d+ without a usable caption \({re.escape(where)} row 10: no caption in", line)
+    assert re.search(rf"\d+ too small \({re.escape(where)} row 11: 17x9 pixels; ", line)
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_captions_that_cleaning_empties(
+    which: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are neither trained on, nor sampled, nor encoded."""
+    file = caption_case(which, "empty-after-cleaning.jsonl", tmp_path / "data")
+    reason = "with a caption of which cleaning leaves nothing"
+
+    def last() -> str:
+        return caplog.records[-1].getMessage()
+
+    def counted(what: str) -> tuple[int, int]:
+        pattern = rf"{file}: left out (\d+) of (\d+) {what}: \1 {reason} \({file}:\d: cleaning leaves nothing of .*\)"
+        found = re.fullmatch(pattern, last())
+        assert found is not None
+        return int(found[1]), int(found[2])
+
+    assert train(text, tmp_path / "run", f"data.source={file}", "training.steps=2") == 0
+    gone, opened = counted("images")
+    assert opened == 16 + gone > 16
+    capsys.readouterr()
+
+    encode = ["encode", "captions", file, "--text-encoder", text / "t5", "--device", "cpu", "--output"]
+    assert shell(*encode, tmp_path / "features") == 0
+    assert counted("captions") == (4, 5)
+    assert (
+        capsys.readouterr().out
+        == f"wrote the features of 1 captions to {tmp_path / 'features'}; 0 were there already\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "features").rglob("*.*")) == ["0.npy", "encoder.json"]
+    features = (f"data.caption_features={tmp_path / 'features'}", "generator.text_encoder=null")
+    assert train(text, tmp_path / "other", f"data.source={file}", *features, "training.steps=2") == 0
+    assert re.match(rf"{file}: left out \d+ of \d+ images: \d+ without caption features \({file}:\d: no", last())
+
+    sample = ["sample", tmp_path / "run", "--device", "cpu", "--output"]
+    assert shell(*sample, tmp_path / "images", "--captions", file, "--caption-split", "train") == 0
+    assert json.loads((tmp_path / "images" / "sample.json").read_text())["prompts"] == ["a red cat"]
+    assert last().startswith(f"--captions {file}: left out 4 of 5 captions: 4 {reason} ({file}:2: ")
+    (tmp_path / "prompts.txt").write_text("a red dog\nfree shipping\n")
+    assert shell(*sample, tmp_path / "more", "--prompts", tmp_path / "prompts.txt") == 2
+    assert "varpi sample: prompt 1: cleaning leaves nothing of the caption 'free" in capsys.readouterr().err
 
 
 def test_photographs_in_a_tar(text: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import tiny
@@ -37,10 +38,12 @@ def encode(images: Path, output: Path, world: World | None = None, **more: Any) 
     return encode_images(dataset, TOKENIZER, output, world=world, **given)
 
 
-def test_the_file(images: Path, tmp_path: Path) -> None:
-    skipped: list[str] = []
-    assert encode(images, tmp_path / "t.safetensors", skip=skipped.append) == (22, True)
-    assert [text.partition(":")[0] for text in skipped] == [str(images / name) for name in ("a/3.png", "c/7.png")]
+def test_the_file(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for made in (True, False):  # the second time it is told from the file
+        assert encode(images, tmp_path / "t.safetensors") == (22, made)
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert said.startswith(f"{images}: left out 2 of 24 images: 2 unreadable ({images}/a/3.png: unreadable image (")
+        caplog.clear()
     tensors = load_file(tmp_path / "t.safetensors")
     indices = [i for i in range(24) if i not in (3, 23)]
     assert tensors["indices"].tolist() == indices
@@ -131,7 +134,7 @@ def test_what_is_refused(images: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     for image in images.rglob("*.png"):
         image.write_bytes(b"none")
-    with pytest.raises(VarpiError, match="images: none of its 24 images could be read"):
+    with pytest.raises(VarpiError, match=r"images: none of its 24 images can be used: 24 unreadable \("):
         encode(images, tmp_path / "t")
     assert {path.name for path in tmp_path.iterdir()} == {"images"}
 
@@ -145,4 +148,6 @@ def test_the_metadata_says_what_decides_the_tokens(images: Path, tmp_path: Path)
             "image_size": 16,
             "batch_size": 24,
             "device": "cpu",
+            "class_names": ["a", "b", "c"],
+            "left_out": {"unreadable": [2, ANY]},
         }

@@ -215,10 +215,14 @@ def test_batches_resume_in_mid_epoch_and_share_among_processes(workers: int, tmp
 def test_reading_in_order_gives_the_same_samples(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", range(3))
     assert [(name, parts["txt"], parts["image"]) for name, parts in read_samples(str(path))] == [
-        (f"{red:05}", f"text {red}".encode(), png(red)) for red in range(3)
+        (f"{path}/{red:05}", f"text {red}".encode(), png(red)) for red in range(3)
     ]
     path = write_tar(tmp_path / "b.tar", _members("a.txt", "b.png", "b.txt", "b.json"))
-    assert [name for name, _ in read_samples(str(path))] == ["b"]
+    samples = list(read_samples(str(path)))
+    assert [(name, sorted(parts)) for name, parts in samples] == [
+        (f"{path}/a", ["txt"]),
+        (f"{path}/b", ["image", "json", "txt"]),
+    ]
     content = path.read_bytes()
     check_shard(str(path))
     path.write_bytes(content[:2100])

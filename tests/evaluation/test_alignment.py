@@ -1,10 +1,12 @@
 """Alignment: numbers worked by hand on generators and tokenizers that are plain tables, then the tiny pair."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import tiny
@@ -32,6 +34,7 @@ class Markov(nn.Module):
 
     vocab_size, grid, num_tokens, num_classes, gradient_checkpointing = CODES, 2, TOKENS, 3, False
     class_names = None
+    caption_check: Any = None
 
     def __init__(self, first: Tensor, following: Tensor) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Markov(nn.Module):
         return torch.cat([start, self.following[tokens[:, :-1]]], dim=1)
 
     def prepare_condition(self, condition: Any) -> Tensor:
-        return torch.as_tensor(condition)
+        return torch.zeros(len(condition)) if isinstance(condition, list) else condition
 
     def new_cache(self, batch_size: int, *, static: bool = False) -> None:
         return None
@@ -384,14 +387,36 @@ def test_dropout_stays_out_and_modes_are_put_back(pair: Path, images: Any) -> No
 def test_unusable_images_are_left_out_and_counted() -> None:
     rows = [[i] * TOKENS for i in range(CODES)]
     result = evaluate(constant(torch.arange(CODES).float()), Exact(), Rows(rows, bad=[2, 5], dropped=[7]))
-    assert result.details["images"] == {"used": 6, "bad": 2, "dropped": 1}
+    left_out = {"unreadable": (2, ANY), "not to be used": (1, "image 7 has no caption")}
+    assert result.details["images"] == {"used": 6, "left_out": left_out}
     assert result.samples["count"] == 6
     log_p = torch.arange(CODES).double().log_softmax(0)
     assert result.metrics["prior_term"] == pytest.approx(-log_p[[0, 1, 3, 4, 6, 8]].mean().item(), abs=1e-6)
-    assert len(result.warnings) == 1
-    assert result.warnings[0].startswith(
-        "left out: 2 unreadable, 1 without a usable caption or too small; the last was"
-    )
+    (warning,) = result.warnings
+    assert warning.startswith("left out 3 of 9 images: ")
+    assert re.search(r"2 unreadable \(image [25] is torn\)", warning)
+    assert "1 not to be used (image 7 has no caption)" in warning
+
+
+def test_captions_that_the_generator_cannot_use_are_left_out() -> None:
+    class Captions(Rows):
+        num_classes = None
+
+        def __getitem__(self, index: int) -> Item:
+            return Item(self.images[index], f"caption {index}")
+
+        def name(self, index: int) -> str:
+            return f"item {index}"
+
+    def no_seven(caption: str, name: str) -> None:
+        if "7" in caption:
+            raise Dropped(f"{name}: is seven", "with a seven")
+
+    generator = constant(torch.arange(CODES).float())
+    generator.caption_check = no_seven
+    result = evaluate(generator, Exact(), Captions([[i] * TOKENS for i in range(CODES)]))
+    assert result.details["images"] == {"used": 8, "left_out": {"with a seven": (1, "item 7: is seven")}}
+    assert result.warnings == ["left out 1 of 9 images: 1 with a seven (item 7: is seven)"]
 
 
 def test_images_are_taken_across_the_dataset_and_only_as_many_as_asked() -> None:
@@ -460,11 +485,11 @@ def test_refuses_values_out_of_range(settings: dict[str, Any], message: str) -> 
 
 def test_refuses_data_without_usable_images() -> None:
     rows = [[0] * TOKENS] * 3
-    with pytest.raises(VarpiError, match=r"0 usable images of 3 .*2 unreadable, 1 without .* the last was image"):
+    with pytest.raises(VarpiError, match=r"^0 usable images \(left out 3 of 3 images: .*2 unreadable \(image"):
         evaluate(copier(), Exact(), Rows(rows, bad=[0, 1], dropped=[2]))
-    with pytest.raises(VarpiError, match=r"1 usable images of 3 .* the Fréchet distance needs at least 2"):
+    with pytest.raises(VarpiError, match=r"^1 usable images \(left out 2 of 3 images: .*; the Fréchet distance needs"):
         evaluate(copier(), Exact(), Rows(rows, bad=[0, 1]))
-    with pytest.raises(VarpiError, match="0 usable images of 0"):
+    with pytest.raises(VarpiError, match=r"^0 usable images \(left out 0 of 0"):
         evaluate(copier(), Exact(), Rows([]))
 
 

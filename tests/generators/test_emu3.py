@@ -1,6 +1,7 @@
 """Emu3 at toy size: against transformers' own classes, through the public functions, and refused where it must be."""
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 import varpi
+from varpi.data import Dropped
 from varpi.errors import VarpiError
 from varpi.generators import Generator
 from varpi.generators.emu3 import config_for
@@ -518,3 +520,11 @@ def test_nothing_else_in_the_package_knows_of_it() -> None:
     package = Path(str(varpi.__file__)).parent
     texts = [path for path in package.rglob("*") if path.suffix in (".py", ".yaml", ".html")]
     assert [path.name for path in texts if re.search("emu3", path.read_text(), re.IGNORECASE)] == ["emu3.py"]
+
+
+def test_the_check_of_captions_knows_the_context(generator: Any) -> None:
+    check = pickle.loads(pickle.dumps(generator.caption_check))
+    check("cat " * 16, "x:1")
+    assert generator.prepare_condition(["cat " * 16]).ids.shape == (1, 22)
+    with pytest.raises(Dropped, match=r"^x:1: the caption 'cat cat.*'… makes 23 tokens; 22 fit into the context$"):
+        check("cat " * 17, "x:1")

@@ -1,5 +1,6 @@
 """Janus-Pro against transformers' own model, and against what a generator has to be."""
 
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
+from varpi.data import Dropped
 from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions, janus
 from varpi.generators.janus import Janus, PromptCondition
@@ -367,6 +369,15 @@ def test_the_longest_prompt_that_fits(generator: Janus, tokens: Tensor) -> None:
     condition = generator.prepare_condition(["cat " * 25])
     assert condition.ids.shape == (1, 32)
     assert bool(generator.logits(tokens[:1], condition).isfinite().all())
+
+
+def test_the_check_of_captions_knows_the_context(generator: Janus) -> None:
+    check = pickle.loads(pickle.dumps(generator.caption_check))
+    check("cat " * 25, "x:1")  # as many as fit
+    with pytest.raises(VarpiError, match="prompt 0 has 33 tokens"):
+        generator.prepare_condition(["cat " * 26])
+    with pytest.raises(Dropped, match=r"^x:1: the caption 'cat cat.*'… makes 33 tokens; 32 fit into the context$"):
+        check("cat " * 26, "x:1")
 
 
 def test_captions_without_a_text_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import hf
 import pytest
 import torch
 import yaml
+from cases import WHICH, caption_case, captioned
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import crash, numbers, quiet, same, weights
@@ -54,6 +56,42 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path, *settings: str) -> Recipe:
     return load_recipe(place / "recipe.yaml", list(settings))
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_captions_beyond_the_context_are_left_out(
+    which: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In training, in validation, and where they are sampled; a prompt that was chosen is refused instead."""
+    long, source, run = caption_case(which, "too-long.jsonl", tmp_path / "data"), tmp_path / "splits", tmp_path / "run"
+    for split in ("train", "val"):
+        captioned(source / split, "a.jsonl", []).write_bytes(long.read_bytes())
+    settings = ["data.workers=2", f"data.source={source}", "validation.every=2", "training.save_every=1"]
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    assert main(["train", str(place / "recipe.yaml"), "--output", str(run), "--device", "cpu", *chosen]) == 0
+    reason = "with a caption too long for the generator"
+    example = r"a.jsonl:4: the caption 'cat cat .*'… makes 2\d\d\d tokens; 32 fit into the context\)"
+    held_out = rf"{source}\[validation\]: left out 1 of 4 held-out images: 1 {reason} \({source}/val/{example}"
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if re.fullmatch(held_out, line)]) == 1  # though it validated twice
+    counted = rf"{source}: left out (\d+) of (\d+) images: \1 {reason} \({source}/train/{example}"
+    opened = re.fullmatch(counted, said[-1])
+    assert opened is not None
+    assert int(opened[2]) == 16 + int(opened[1]) > 16
+
+    sample = ["sample", str(run), "--device", "cpu"]
+    captions = ["--captions", str(long), "--caption-split", "train", "--output", str(tmp_path / "images")]
+    assert main([*sample, *captions]) == 0
+    assert json.loads((tmp_path / "images" / "sample.json").read_text())["prompts"] == ["a red cat", "moon", "the dog"]
+    line = f"--captions {long}: left out 1 of 4 captions: 1 {reason} ({long}:4: "
+    assert caplog.records[-1].getMessage().startswith(line)
+    assert main([*sample, "--prompt", "moon", "--prompt", "cat " * 99, "--output", str(tmp_path / "more")]) == 2
+    assert "varpi sample: prompt 1: the caption 'cat cat" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
 
 
 def test_what_is_trained_loads_with_from_pretrained(

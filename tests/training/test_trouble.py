@@ -353,12 +353,16 @@ def test_unreadable_images_are_replaced_counted_and_remembered(
     settings = [f"data.source={images}", "data.max_bad_fraction=0.5", "validation.every=3"]
     run = quiet(tiny.recipe(pair, *settings), tmp_path / "run")
     trainer = json.loads((run / "checkpoints" / "step-00000006" / "trainer.json").read_text())
-    assert trainer["bad_images"] == 2  # six steps of eight are two epochs of 24
+    broken = f"{images}/train/a/3.png: unreadable image ("
+    ((reason, (count, example)),) = trainer["left_out"].items()
+    assert (reason, count) == ("unreadable", 2)  # six steps of eight are two epochs of 24
+    assert example.startswith(broken)
     assert trainer["images_opened"] == 50
     assert all(math.isfinite(row["loss"]) for row in read_metrics(run) if "loss" in row)
-    left_out = [r.getMessage() for r in caplog.records if "validation leaves out an image" in r.message]
-    assert len(left_out) == 2
-    assert str(images / "val" / "b" / "1.png") in left_out[0]
+    said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    held_out, opened = (text.partition(": unreadable image")[0] for text in said)  # of validation once, not twice
+    assert held_out == f"{images}[validation]: left out 1 of 6 held-out images: 1 unreadable ({images}/val/b/1.png"
+    assert opened == f"{images}: left out 2 of 50 images: 2 unreadable ({images}/train/a/3.png"
 
 
 def test_too_many_unreadable_images_stop_the_run(pair: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command, digest, say, warn
+from varpi.cli.options import add_class_names, add_device, command, digest, say
 from varpi.errors import VarpiError
 
 
@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16, vq-8, or a .json file")
     parser.add_argument("--image-size", type=int, required=True, help="pixels per side")
     parser.add_argument("--split", default="train", help="default: %(default)s")
+    add_class_names(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     add_device(parser)
     parser.add_argument("--output", required=True, help="the safetensors file to write")
@@ -78,7 +79,9 @@ def _encode_images(options: argparse.Namespace) -> None:
     if not 1 <= options.image_size <= 2**14:
         raise VarpiError(f"--image-size is {options.image_size}; it must be from 1 to {2**14}")
     world, output = find_world(options.device), Path(options.output)
-    dataset = open_dataset(options.data, image_size=options.image_size, split=options.split)
+    dataset = open_dataset(
+        options.data, image_size=options.image_size, split=options.split, classes=options.class_names
+    )
     tokenizer = load_tokenizer(
         options.tokenizer, architecture=read_architecture(options.tokenizer_architecture), device=world.device
     )
@@ -95,7 +98,6 @@ def _encode_images(options: argparse.Namespace) -> None:
         image_size=options.image_size,
         batch_size=options.batch_size,
         world=world,
-        skip=lambda reason: warn(f"skipped: {reason}"),
         progress=world.is_main and sys.stderr.isatty(),
     )
     if world.is_main and made:
@@ -107,10 +109,11 @@ def _encode_images(options: argparse.Namespace) -> None:
 def _encode_captions(options: argparse.Namespace) -> None:
     from varpi.data import open_dataset
     from varpi.data.caption_features import encode_captions
+    from varpi.data.left_out import LeftOut
     from varpi.data.text_encoder import TextEncoder
     from varpi.runtime.processes import find_world
 
-    world = find_world(options.device)
+    world, left_out = find_world(options.device), LeftOut()
     dataset: Any = open_dataset(
         options.data, image_size=1, split=options.split, caption_column=options.caption_column, min_side=0
     )
@@ -124,10 +127,9 @@ def _encode_captions(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         rank=world.rank,
         world_size=world.size,
+        left_out=left_out,
         progress=world.is_main and sys.stderr.isatty(),
     )
     share = f"process {world.rank} of {world.size}: " if world.size > 1 else ""
-    say(
-        f"{share}wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there "
-        f"already, {counts.dropped} of {len(dataset)} rows have no usable caption"
-    )
+    left_out.say(f"{share}{options.data}", len(dataset), "captions")
+    say(f"{share}wrote the features of {counts.written} captions to {options.output}; {counts.kept} were there already")

@@ -32,6 +32,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
 
 
+def add_class_names(parser: Any) -> None:
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="the names of all classes in the order of their ids, a name a line, or `imagenet`, as data.classes",
+    )
+
+
 def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "generator", metavar="GENERATOR", help="checkpoint, run directory, Hub id, or `digits` for the embedded one"

@@ -4,7 +4,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +127,8 @@ def prepare(options: argparse.Namespace, output: Path) -> Wanted:
     prompts = _prompts(options)
     pair = load_pair(options)
     generator, tokenizer = pair.generator, pair.tokenizer
+    if prompts is not None:
+        prompts = _usable(options, prompts, generator.caption_check)
     side = image_side(generator, tokenizer, options.resize)
 
     def check(count: int) -> None:
@@ -165,34 +166,54 @@ def _write_geneval(output: Path, metadata: Sequence[Mapping[str, Any]], count: i
     aside.rename(output / "geneval")
 
 
-def _prompts(options: argparse.Namespace) -> list[str] | None:
-    """What to write images of, each once; None when classes are asked for."""
-    from varpi.data import BadImage, Dropped, open_dataset
+def _prompts(options: argparse.Namespace) -> Any:
+    """What to make images of: prompts, or a data set with captions; None when classes are asked for."""
+    from varpi.data import open_dataset
     from varpi.data.prompts import read_prompts
 
     if options.per_prompt < 1 or (options.limit is not None and options.limit < 1):
         raise VarpiError("--per-prompt and --limit must be at least 1")
     if options.prompt is not None:
-        prompts = options.prompt
-    elif options.prompts is not None:
-        prompts = read_prompts(options.prompts)
-    elif options.captions is not None:
-        dataset: Any = open_dataset(
+        return options.prompt[: options.limit]
+    if options.prompts is not None:
+        return read_prompts(options.prompts)[: options.limit]
+    if options.captions is not None:
+        dataset = open_dataset(
             options.captions, image_size=32, split=options.caption_split, caption_column=options.caption_column
         )
         if dataset.num_classes is not None:
             raise VarpiError(f"--captions {options.captions}: it has classes, not captions; try --caption-column")
-        prompts = []
-        for i in range(len(dataset)):
-            if len(prompts) == options.limit:
-                break
-            with suppress(BadImage, Dropped):
-                prompts.append(dataset.caption(i))
-        if not prompts:
-            raise VarpiError(f"--captions {options.captions}: none of its {len(dataset)} rows has a usable caption")
-    else:
-        return None
-    return prompts[: options.limit]
+        return dataset
+    return None
+
+
+def _usable(options: argparse.Namespace, prompts: Any, check: Any) -> list[str]:
+    """The prompts, once the generator can use each, or the captions of a data set that it can use."""
+    from varpi.data import BadImage, Dropped
+    from varpi.data.caption_check import checked
+    from varpi.data.left_out import LeftOut
+    from varpi.runtime.processes import find_world
+
+    if isinstance(prompts, list):
+        if check is not None:
+            for i, prompt in enumerate(prompts):  # chosen one by one: none may be missing
+                check(prompt, f"prompt {i}")
+        return prompts
+    dataset: Any = checked(prompts, check)
+    left_out, found = LeftOut(), []
+    for i in range(len(dataset)):
+        if len(found) == options.limit:
+            break
+        try:
+            found.append(dataset.caption(i))
+        except (BadImage, Dropped) as error:
+            left_out.note(error)
+    where, looked_at = f"--captions {options.captions}", len(found) + len(left_out)
+    if not found:
+        raise VarpiError(f"{where}: none of its {looked_at} rows has a usable caption: {left_out}")
+    if find_world(options.device).is_main:
+        left_out.say(where, looked_at, "captions")
+    return found
 
 
 def _repeated(options: argparse.Namespace, prompts: Sequence[str], check: Callable[[int], None]) -> list[str]:

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from varpi.data.dataset import BadImage, Captioned, Dropped, Item
+from varpi.data.caption_check import Checked
+from varpi.data.dataset import NO_FEATURES, BadImage, Captioned, Dropped, Item
+from varpi.data.left_out import LeftOut
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, write_aside, write_text
@@ -125,7 +127,10 @@ class WithFeatures:
         path = self._file(index)
         if path is None:
             where = self._root / self._dataset.key(index)
-            raise Dropped(f"no caption features at {where}.safetensors or .npy; run `varpi encode captions`")
+            raise Dropped(
+                f"{self.name(index)}: no caption features at {where}.safetensors or .npy; run `varpi encode captions`",
+                NO_FEATURES,
+            )
         try:
             features = read_features(path)
         except VarpiError as error:  # one damaged file among millions is not the end of a run
@@ -134,6 +139,9 @@ class WithFeatures:
 
     def caption(self, index: int) -> str:
         return self._dataset.caption(index)
+
+    def name(self, index: int) -> str:
+        return self._dataset.name(index)
 
     def key(self, index: int) -> str:
         return self._dataset.key(index)
@@ -150,8 +158,6 @@ class EncodeCounts(NamedTuple):
     written: int
     kept: int
     """Features that were there already."""
-    dropped: int
-    """Items without a usable caption."""
 
 
 def encode_captions(
@@ -163,6 +169,7 @@ def encode_captions(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
+    left_out: LeftOut | None = None,
     progress: bool = False,
 ) -> EncodeCounts:
     """Write the features of every caption of `dataset` to `root/key.form`; start again and it goes on.
@@ -176,6 +183,7 @@ def encode_captions(
         batch_size: rows in one pass of the encoder; it becomes `encoder.batch_size`.
         rank: this process's number in [0, world_size); it encodes the passes k with k % world_size == rank.
         world_size: number of processes that share the work.
+        left_out: where captions that cannot be used are counted.
         progress: show a bar on stderr.
 
     Raises:
@@ -189,13 +197,14 @@ def encode_captions(
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     if not 0 <= rank < world_size:
         raise VarpiError(f"rank is {rank}; it must be in [0, {world_size})")
+    dataset, left_out = Checked(dataset, encoder.caption_check), LeftOut() if left_out is None else left_out
     ours = {"encoder": encoder.source, "width": encoder.width, "max_tokens": encoder.max_tokens, "form": form}
     record = root / "encoder.json"
     if other := difference(record, ours):
         raise VarpiError(f"{record}: {other}; choose another root")
     write_text(record, json.dumps(ours, indent=2) + "\n")  # now, so that trouble with the root shows
     encoder.batch_size = batch_size
-    written = kept = dropped = 0
+    written = kept = 0
     starts = range(0, len(dataset), batch_size)[rank::world_size]
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         for start in bar.track(starts, description="encoding captions"):
@@ -206,10 +215,10 @@ def encode_captions(
                 there = _is_kept(path, encoder.width)
                 try:
                     captions[path] = dataset.caption(index)
-                except Dropped:
-                    dropped += not there
-                else:
-                    missing |= set() if there else {path}
+                except Dropped as error:
+                    left_out.note(error)
+                    continue
+                missing |= set() if there else {path}
                 kept += there
             if missing:
                 for path, features in zip(captions, encoder([*captions.values()]), strict=True):
@@ -217,7 +226,7 @@ def encode_captions(
                         write_features(path, features, form, sync=False)
                 written += len(missing)
     os.sync()  # once for all files
-    return EncodeCounts(written, kept, dropped)
+    return EncodeCounts(written, kept)
 
 
 def _is_kept(path: Path, width: int) -> bool:

@@ -6,13 +6,30 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 
+UNREADABLE = "unreadable"
+TOO_SMALL = "too small"
+NO_CAPTION = "without a usable caption"
+NO_FEATURES = "without caption features"
+NO_IMAGE = "without an image"
+CAPTION_EMPTIED = "with a caption of which cleaning leaves nothing"
+CAPTION_TOO_LONG = "with a caption too long for the generator"
+
 
 class BadImage(VarpiError):
     """One item of a dataset that cannot be read; the message names it and says why."""
 
+    reason = UNREADABLE
+
 
 class Dropped(VarpiError):
-    """One item of a dataset that is left out on purpose: it has no usable caption, or its image is too small."""
+    """One item of a dataset that is left out on purpose; the message names it and says why.
+
+    reason: under what it is counted.
+    """
+
+    def __init__(self, message: str, reason: str = "not to be used") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Item(NamedTuple):
@@ -63,6 +80,10 @@ class Captioned(Dataset, Protocol):
         Raises:
             Dropped: it has none that can be used.
         """
+        ...
+
+    def name(self, index: int) -> str:
+        """What a message calls the item at `index`: its file, and its place in it."""
         ...
 
     def key(self, index: int) -> str:

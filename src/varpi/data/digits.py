@@ -118,6 +118,9 @@ class CaptionedDigits:
         phrase = self._phrases[index * 5 % len(self._phrases)]
         return phrase.format(WORDS[self._digits.label(index % len(self._digits))])
 
+    def name(self, index: int) -> str:
+        return f"captioned-digits row {index}"
+
     def key(self, index: int) -> str:
         return f"rows/{index}"
 

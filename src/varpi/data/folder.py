@@ -10,7 +10,8 @@ import numpy as np
 from varpi.data.classes import number_classes
 from varpi.data.dataset import Item
 from varpi.data.images import SUFFIXES
-from varpi.data.listing import LeftOut, directories, list_images
+from varpi.data.left_out import LeftOut
+from varpi.data.listing import directories, list_images
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 

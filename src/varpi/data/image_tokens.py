@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varpi.data.dataset import BadImage, Dataset, Dropped
+from varpi.data.left_out import LeftOut
 from varpi.errors import VarpiError
 from varpi.runtime.files import write_aside
 from varpi.runtime.memory import check_memory
 from varpi.runtime.parts import claim, difference, wait
 from varpi.runtime.processes import World
 
+TOKENS_KEY = "varpi"
+"""Of the metadata of a file of tokens: JSON of what they are, and of what was left out."""
 PART = 1024
 """Rows of the data in one part, about: as many whole batches as they hold."""
 
@@ -37,7 +41,6 @@ def encode_images(
     image_size: int,
     batch_size: int = 16,
     world: World | None = None,
-    skip: Callable[[str], None] = lambda _: None,
     progress: bool = False,
 ) -> tuple[int, bool]:
     """Write safetensors with tokens int32 (n,N), indices int64 (n,) and, where the data has them, classes int64 (n,).
@@ -48,9 +51,9 @@ def encode_images(
 
     tokenizer: on the device where it is to encode.
     about: where images ("data", which names them in messages) and tokenizer come from. With all else that decides the
-        tokens it goes into the file's metadata, as JSON under "varpi".
+        tokens it goes into the file's metadata, as JSON under `TOKENS_KEY`; so does what was left out, which the main
+        process says.
     world: the processes that share the work, each with this same call. None: this one alone.
-    skip: is told why, when an image is left out.
 
     Returns n (on other processes than the main one: of the whole file, or 0 before it is there), and whether there was
     anything to do: not when these very tokens are there.
@@ -73,12 +76,14 @@ def encode_images(
         "image_size": image_size,
         "batch_size": batch_size,
         "device": device.type,
+        "class_names": dataset.class_names,
     }
     folder = output.with_name(f"{output.name}.unfinished")
     if os.path.lexists(output):
-        _check_finished(output, asked)
+        left_out = _check_finished(output, asked)
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
+            left_out.say(about["data"], len(dataset), "images")
         return _count(output), False
     claim(
         folder / "request.json",
@@ -96,16 +101,22 @@ def encode_images(
         task = bar.add_task("encoding images", total=sum(len(part) for part, _ in mine))
         for part, file in mine:
             if not file.is_file():
-                tensors = _encode(dataset, part, tokenizer, batch_size, device, skip, lambda n: bar.advance(task, n))
-                write_aside(file, lambda aside, tensors=tensors: save_file(tensors, aside))
+                left_out = LeftOut()
+                advance = partial(bar.advance, task)
+                tensors = _encode(dataset, part, tokenizer, batch_size, device, left_out, advance)
+                about_part = {TOKENS_KEY: json.dumps({"left_out": left_out.found})}
+                write_aside(file, partial(save_file, tensors, metadata=about_part))
     if not world.is_main:
         return 0, True
     for file in files:
         wait(lambda file=file: file.is_file() or None, f"{file}")
-    count = _assemble(files, output, {"varpi": json.dumps(asked)})  # one entry: safetensors would shuffle several
+    left_out = LeftOut(*(_record(file)["left_out"] for file in files))
+    record = json.dumps({**asked, "left_out": left_out.found})
+    count = _assemble(files, output, {TOKENS_KEY: record})  # one entry: safetensors would shuffle several
     shutil.rmtree(folder, ignore_errors=True)
     if not count:
-        raise VarpiError(f"{about['data']}: none of its {len(dataset)} images could be read")
+        raise VarpiError(f"{about['data']}: none of its {len(dataset)} images can be used: {left_out}")
+    left_out.say(about["data"], len(dataset), "images")
     return count, True
 
 
@@ -115,7 +126,7 @@ def _encode(
     tokenizer: Any,
     batch_size: int,
     device: torch.device,
-    skip: Callable[[str], None],
+    left_out: LeftOut,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """The tensors of one part."""
@@ -129,7 +140,7 @@ def _encode(
             try:
                 item = dataset[index]
             except (BadImage, Dropped) as error:
-                skip(str(error))
+                left_out.note(error)
                 continue
             images.append(item.image)
             indices.append(index)
@@ -171,13 +182,19 @@ def _count(file: Path) -> int:
         return opened.get_slice("indices").get_shape()[0]
 
 
-def _check_finished(output: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse a file that holds anything but the tokens that are asked for."""
+def _record(file: Path) -> dict[str, Any]:
+    with safe_open(file, framework="pt") as opened:
+        return dict(json.loads((opened.metadata() or {})[TOKENS_KEY]))
+
+
+def _check_finished(output: Path, asked: Mapping[str, Any]) -> LeftOut:
+    """What was left out of a file that is there; anything but the tokens that are asked for is refused."""
     try:
-        with safe_open(output, framework="pt") as file:
-            file.get_slice("indices")
-            other = difference(dict(json.loads((file.metadata() or {})["varpi"])), asked)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        _count(output)
+        record = _record(output)
+        left_out, other = LeftOut(record["left_out"]), difference(record, asked)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise VarpiError(f"--output {output}: already exists; choose another") from error
     if other:
         raise VarpiError(f"--output {output}: already exists and holds other tokens ({other}); choose another")
+    return left_out

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from varpi.data.dataset import BadImage, Dropped
+from varpi.data.dataset import TOO_SMALL, BadImage, Dropped
 from varpi.runtime.files import open_regular
 
 FORMATS = {
@@ -85,7 +85,7 @@ def _check_size(image: Image.Image, name: str, min_side: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}, the most that is decoded")
     if min(width, height) < min_side:
-        raise Dropped(f"{name}: {width}x{height} pixels; the shorter side must have {min_side}")
+        raise Dropped(f"{name}: {width}x{height} pixels; the shorter side must have {min_side}", TOO_SMALL)
 
 
 def _upright(image: Image.Image) -> Image.Image:

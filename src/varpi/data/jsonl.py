@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from varpi.data.captions import CAPTION_FIELDS, pick_caption
-from varpi.data.dataset import Dropped, Item
+from varpi.data.dataset import NO_CAPTION, NO_IMAGE, Dropped, Item
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 from varpi.runtime.files import open_regular
@@ -72,12 +72,16 @@ class JsonLines:
         caption = self._caption(name, record)
         path = record.get("image_path")
         if not isinstance(path, str) or not path or "\0" in path:
-            raise Dropped(f"{name}: no image_path")
+            raise Dropped(f"{name}: no image_path", NO_IMAGE)
         image = Path(self._paths[self._place(index)[0]]).parent / path
         return Item(load_image(image, f"{name} ({path})", self._image_size, min_side=self._min_side), caption)
 
     def caption(self, index: int) -> str:
         return self._caption(*self._record(index))
+
+    def name(self, index: int) -> str:
+        file, (line, _, _) = self._place(index)
+        return f"{self._paths[file]}:{line + 1}"
 
     def key(self, index: int) -> str:
         """<name of the file>/<number of the line, from 0>, where LlamaGen keeps its features.
@@ -94,10 +98,9 @@ class JsonLines:
         return file, self._lines[file][index - self._ends[file]]
 
     def _record(self, index: int) -> tuple[str, dict[str, Any]]:
-        file, (line, start, end) = self._place(index)
-        name = f"{self._paths[file]}:{line + 1}"
+        (file, (_, start, end)), name = self._place(index), self.name(index)
         if end - start > _LONGEST_LINE:
-            raise Dropped(f"{name}: has {end - start} bytes; at most {_LONGEST_LINE} are read")
+            raise Dropped(f"{name}: has {end - start} bytes; at most {_LONGEST_LINE} are read", NO_CAPTION)
         try:
             with open_regular(self._paths[file]) as opened:
                 opened.seek(start)
@@ -105,13 +108,13 @@ class JsonLines:
         except OSError as error:
             raise VarpiError(f"{self._paths[file]}: cannot be read any more ({error.strerror})") from error
         if record is None:
-            raise Dropped(f"{name}: not a JSON object")
+            raise Dropped(f"{name}: not a JSON object", NO_CAPTION)
         return name, record
 
     def _caption(self, name: str, record: dict[str, Any]) -> str:
         caption = find_caption(record, self._fields)
         if caption is None:
-            raise Dropped(f"{name}: no usable caption")
+            raise Dropped(f"{name}: no usable caption", NO_CAPTION)
         return caption
 
 

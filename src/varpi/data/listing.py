@@ -1,39 +1,14 @@
-"""Which files below a directory are images, and what is said of the others."""
+"""Which files below a directory are images."""
 
-import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from varpi.data.images import has_image_suffix
+from varpi.data.left_out import LeftOut
 from varpi.errors import VarpiError
 
-logger = logging.getLogger(__name__)
-
-
-class LeftOut:
-    """What is not used, counted by reason, with the first example of each."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[int, str]] = {}
-
-    def add(self, reason: str, example: str, count: int = 1) -> None:
-        before, first = self._found.get(reason, (0, example))
-        self._found[reason] = before + count, first
-
-    def __len__(self) -> int:
-        return sum(count for count, _ in self._found.values())
-
-    def __str__(self) -> str:
-        return "; ".join(f"{count} {reason} ({example})" for reason, (count, example) in self._found.items())
-
-    def say(self, where: str, total: int, what: str) -> None:
-        """Warn, in one line, of what was left out of `total` things; silent where nothing was."""
-        if self:
-            logger.warning("%s: left out %d of %d %s: %s", where, len(self), total, what, self)
-
-
-NO_IMAGE = "not named as images are"
+NOT_NAMED = "not named as images are"
 NO_FILE = "no regular file, or not there"
 AGAIN = "a directory that was visited already"
 
@@ -67,7 +42,7 @@ def list_images(
             if _holds(entry.is_dir):
                 waiting.append(entry.path)
             elif not has_image_suffix(entry.name):
-                left_out.add(NO_IMAGE, entry.path)
+                left_out.add(NOT_NAMED, entry.path)
             elif not _holds(entry.is_file):
                 left_out.add(NO_FILE, entry.path)
             else:

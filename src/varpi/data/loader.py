@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from varpi.data.dataset import BadImage, Dataset, Dropped, Item
+from varpi.data.caption_check import CaptionCheck, checked
+from varpi.data.dataset import UNREADABLE, BadImage, Dataset, Dropped, Item
+from varpi.data.left_out import LeftOut
 from varpi.errors import VarpiError
 from varpi.runtime.randomness import Stream, permutation, words
 
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 32
 # No verdict on the share of unreadable images before this many were opened
 _MIN_SEEN = 20
-UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,21 @@ class Counts:
         self._max_bad_fraction = max_bad_fraction
         self.seen = 0
         """Items looked at so far, unusable ones included."""
-        self.bad = 0
-        """Unreadable images among them."""
-        self.dropped = 0
-        """Items left out on purpose among them: no usable caption, or too small an image."""
+        self.left_out = LeftOut()
+        """Those that could not be used, or were left out on purpose."""
 
-    def count(self, seen: int, failures: Sequence[str], drops: Sequence[str], stuck: str | None = None) -> None:
-        """Add `seen` items, of which some were unreadable (`failures`) or left out (`drops`), each with its reason.
+    @property
+    def bad(self) -> int:
+        """Unreadable images so far."""
+        return self.left_out.count(UNREADABLE)
+
+    @property
+    def dropped(self) -> int:
+        """Items left out on purpose so far, for their captions, or for too small an image."""
+        return len(self.left_out) - self.bad
+
+    def count(self, seen: int, unusable: Sequence[tuple[str, str]], stuck: str | None = None) -> None:
+        """Add `seen` items, some of them `unusable`: by what reason, and the message.
 
         stuck: why the run cannot go on, if it cannot.
 
@@ -86,8 +95,10 @@ class Counts:
         """
         before = self.dropped
         self.seen += seen
-        self.bad += len(failures)
-        self.dropped += len(drops)
+        for reason, message in unusable:
+            self.left_out.add(reason, message)
+        failures = [message for reason, message in unusable if reason == UNREADABLE]
+        drops = [message for reason, message in unusable if reason != UNREADABLE]
         opened = self.seen - self.dropped
         share = self.bad / max(opened, 1)
         so_far = f"{self.bad} of {opened} images opened so far ({share:.1%})"
@@ -174,6 +185,10 @@ class Batches(Counts):
         """
         return self._checked(self._loader[step])
 
+    def check_captions(self, check: CaptionCheck | None) -> None:
+        """Leave out, from the next iterator on, what `check` refuses."""
+        self._loader.dataset = checked(self._dataset, check)
+
     def from_step(self, step: int) -> Generator[Batch, None, None]:
         """Endless iterator over the batches of steps `step`, `step + 1`, …; the workers load ahead.
 
@@ -209,7 +224,7 @@ class Batches(Counts):
         return step
 
     def _checked(self, loaded: "_Loaded") -> Batch:
-        self.count(loaded.seen, loaded.failures, loaded.drops, loaded.stuck)
+        self.count(loaded.seen, loaded.unusable, loaded.stuck)
         assert loaded.batch is not None
         if loaded.lengths is None:
             return loaded.batch
@@ -224,8 +239,8 @@ class _Loaded:
     batch: Batch | None
     """None when one place found nothing to hold."""
     seen: int
-    failures: list[str]
-    drops: list[str]
+    unusable: list[tuple[str, str]]
+    """By what reason each, and the message."""
     stuck: str | None = None
     lengths: list[int] | None = None
     """Of each caption's features, which come joined: shared memory would take a file handle for every one."""
@@ -235,7 +250,7 @@ class _StepLoader(torch.utils.data.Dataset[_Loaded]):
     """Step -> batch, as the map-style dataset that DataLoader's workers hold."""
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, positions: range) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._batch_size = batch_size
         self._seed = seed
         self._positions = positions
@@ -243,25 +258,22 @@ class _StepLoader(torch.utils.data.Dataset[_Loaded]):
     def __getitem__(self, step: int) -> _Loaded:
         items: list[Item] = []
         indices: list[int] = []
-        failures: list[str] = []
-        drops: list[str] = []
+        unusable: list[tuple[str, str]] = []
         for position in self._positions:
-            bad, dropped = len(failures), len(drops)
             for attempt in range(_MAX_ATTEMPTS):
                 index = self._index(step, position, attempt)
                 try:
-                    items.append(self._dataset[index])
-                except BadImage as error:
-                    failures.append(str(error))
-                except Dropped as error:
-                    drops.append(str(error))
+                    items.append(self.dataset[index])
+                except (BadImage, Dropped) as error:
+                    unusable.append((error.reason, str(error)))
                 else:
                     indices.append(index)
                     break
             else:
-                mostly_bad = len(failures) - bad > len(drops) - dropped
+                bad = sum(reason == UNREADABLE for reason, _ in unusable[-_MAX_ATTEMPTS:])
+                mostly_bad = bad > _MAX_ATTEMPTS - bad
                 stuck = UNREADABLE if mostly_bad else f"{_MAX_ATTEMPTS} items in a row cannot be trained on"
-                return _Loaded(None, len(items) + len(failures) + len(drops), failures, drops, stuck)
+                return _Loaded(None, len(items) + len(unusable), unusable, stuck)
         condition, lengths = collate_conditions([item.condition for item in items]), None
         if isinstance(condition, list) and isinstance(condition[0], Tensor):
             condition, lengths = torch.cat(condition), [len(features) for features in condition]
@@ -270,15 +282,15 @@ class _StepLoader(torch.utils.data.Dataset[_Loaded]):
             condition=condition,
             positions=torch.tensor(self._positions, dtype=torch.int64),
             indices=torch.tensor(indices, dtype=torch.int64),
-            bad=len(failures),
-            dropped=len(drops),
+            bad=(bad := sum(reason == UNREADABLE for reason, _ in unusable)),
+            dropped=len(unusable) - bad,
             cursor=step + 1,
         )
-        return _Loaded(batch, len(items) + len(failures) + len(drops), failures, drops, lengths=lengths)
+        return _Loaded(batch, len(items) + len(unusable), unusable, lengths=lengths)
 
     def _index(self, step: int, position: int, attempt: int) -> int:
         """Dataset index for a place in the global batch; attempt 0 is the permutation's own."""
-        size = len(self._dataset)
+        size = len(self.dataset)
         if attempt > 0:
             return int(words(self._seed, Stream.SUBSTITUTE, (step, position, attempt), 1)[0] % size)
         epoch, offset = divmod(step * self._batch_size + position, size)

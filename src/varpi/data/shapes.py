@@ -59,6 +59,9 @@ class CaptionedShapes:
     def caption(self, index: int) -> str:
         return caption_of(self.scene(index))
 
+    def name(self, index: int) -> str:
+        return f"shapes row {index}"
+
     def key(self, index: int) -> str:
         return f"rows/{index}"
 

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal
 
+from varpi.data.caption_check import is_captioned
 from varpi.data.captions import CAPTION_FIELDS
 from varpi.data.classes import Classes, read_classes
-from varpi.data.dataset import Captioned, Dataset
-from varpi.data.listing import LeftOut, directories, list_images
+from varpi.data.dataset import Dataset
+from varpi.data.left_out import LeftOut
+from varpi.data.listing import directories, list_images
 from varpi.errors import VarpiError
 
 # "org/name", with "@revision" when one is wanted
@@ -80,7 +82,7 @@ def open_dataset(
         raise VarpiError(f"{source}: has captions, but {len(names)} classes are named for it; leave them out")
     if caption_features is None:
         return dataset
-    if not _is_captioned(dataset):
+    if not is_captioned(dataset):
         raise VarpiError(f"{source}: has classes, but caption_features are for captions; leave them out")
     from varpi.data.caption_features import WithFeatures
 
@@ -222,10 +224,6 @@ def _open(
         classes=classes,
         folder=folder,
     )
-
-
-def _is_captioned(dataset: Dataset) -> TypeGuard[Captioned]:
-    return dataset.num_classes is None
 
 
 def _locate_in(path: Path, split: str) -> Place:

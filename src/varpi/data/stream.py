@@ -22,16 +22,11 @@ from typing import Any
 
 import torch
 
+from varpi.data.caption_check import CaptionCheck
 from varpi.data.captions import CAPTION_FIELDS, pick_caption
 from varpi.data.classes import Classes, number_classes, read_classes
-from varpi.data.dataset import BadImage, Dropped, Item
-from varpi.data.loader import (
-    UNREADABLE,
-    Batch,
-    Counts,
-    close_at_exit,
-    collate_conditions,
-)
+from varpi.data.dataset import NO_CAPTION, NO_IMAGE, UNREADABLE, BadImage, Dropped, Item
+from varpi.data.loader import Batch, Counts, close_at_exit, collate_conditions
 from varpi.data.source import Place, caption_fields, locate
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
@@ -107,6 +102,7 @@ class StreamBatches(Counts):
         self.num_classes = None if class_names is None else len(class_names)
         self.fingerprint = fingerprint
         self._load = load
+        self._check: CaptionCheck | None = None
         self._shuffle_buffer = shuffle_buffer
         self._local = batch_size // world_size
         self._seed = seed
@@ -168,6 +164,10 @@ class StreamBatches(Counts):
             raise VarpiError(f"{source}: has captions, but {len(known)} classes are named for it; leave them out")
         return cls(files, load, class_names=class_names, fingerprint=fingerprint, **options)
 
+    def check_captions(self, check: CaptionCheck | None) -> None:
+        """Leave out from now on what `check` refuses."""
+        self._check = check
+
     def cursor_at(self, step: int, saved: Sequence[int]) -> int:
         """Where this process goes on, given the cursors that all of them `saved`; none were at the beginning of a run.
 
@@ -211,12 +211,12 @@ class StreamBatches(Counts):
                     items.append(outcome)
                     indices.append(self._rank + self._world_size * number)
                     cursor, unusable = number + 1, 0
-                    self.count(1, [], [])
+                    self.count(1, [])
                     continue
-                failures, drops = ([str(outcome)], []) if isinstance(outcome, BadImage) else ([], [str(outcome)])
-                bad, dropped, unusable = bad + len(failures), dropped + len(drops), unusable + 1
+                broken = isinstance(outcome, BadImage)
+                bad, dropped, unusable = bad + broken, dropped + (not broken), unusable + 1
                 stuck = f"{_MAX_UNUSABLE} rows in a row cannot be trained on" if unusable == _MAX_UNUSABLE else None
-                self.count(1, failures, drops, UNREADABLE if stuck and failures else stuck)
+                self.count(1, [(outcome.reason, str(outcome))], UNREADABLE if stuck and broken else stuck)
             yield Batch(
                 images=torch.stack([item.image for item in items]),
                 condition=collate_conditions([item.condition for item in items]),
@@ -229,7 +229,10 @@ class StreamBatches(Counts):
 
     def _outcome(self, number: int, row: Row) -> tuple[int, Outcome]:
         try:
-            return number, self._load(*row)
+            item = self._load(*row)
+            if self._check is not None and isinstance(item.condition, str):
+                self._check(item.condition, row[0])
+            return number, item
         except (BadImage, Dropped) as error:
             return number, error
 
@@ -293,6 +296,8 @@ def _open_tars(place: Place, fields: Sequence[str], image_size: int, min_side: i
     smallest = image_size if min_side is None else min_side
 
     def load(name: str, parts: dict[str, bytes]) -> Item:
+        if "image" not in parts:
+            raise Dropped(f"{name}: no image", NO_IMAGE)
         caption = sample_caption(parts.get("json"), parts.get("txt"), fields, name)
         return Item(load_image(parts["image"], name, image_size, min_side=smallest), caption)
 
@@ -350,7 +355,7 @@ def _open_table(
     def load_captioned(name: str, row: dict[str, Any]) -> Item:
         caption = pick_caption(row, fields)
         if caption is None:
-            raise Dropped(f"{name}: no caption in {' or '.join(fields)}")
+            raise Dropped(f"{name}: no caption in {' or '.join(fields)}", NO_CAPTION)
         return Item(cell(row[image_column], name, min_side=smallest), caption)
 
     if fields:

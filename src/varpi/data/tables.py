@@ -22,7 +22,7 @@ from torch import Tensor
 
 from varpi.data.captions import pick_caption
 from varpi.data.classes import number_classes
-from varpi.data.dataset import BadImage, Dropped, Item
+from varpi.data.dataset import NO_CAPTION, BadImage, Dropped, Item
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 
@@ -64,6 +64,9 @@ class _Images:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def name(self, index: int) -> str:
+        return f"{self._name} row {index}"
+
     def _lengths(self) -> np.ndarray:
         """int64 (rows,) bytes of every encoded image, which Arrow knows without reading the images."""
         column = self._rows.data.column(self._column)
@@ -73,7 +76,7 @@ class _Images:
     def _image(self, index: int) -> Tensor:
         return decode_cell(
             self._rows[int(index)][self._column],
-            f"{self._name} row {index}",
+            self.name(index),
             self._image_size,
             min_side=self._min_side,
             folder=self._folder,
@@ -188,7 +191,7 @@ class CaptionTable(_Images):
     def caption(self, index: int) -> str:
         caption = pick_caption(self._texts[int(index)], self._fields)
         if caption is None:
-            raise Dropped(f"{self._name} row {index}: no caption in {' or '.join(self._fields)}")
+            raise Dropped(f"{self.name(index)}: no caption in {' or '.join(self._fields)}", NO_CAPTION)
         return caption
 
     def key(self, index: int) -> str:

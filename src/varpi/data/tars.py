@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from varpi.data.captions import CAPTION_FIELDS
-from varpi.data.dataset import BadImage, Dropped, Item
+from varpi.data.dataset import NO_CAPTION, NO_IMAGE, BadImage, Dropped, Item
 from varpi.data.images import SUFFIXES
 from varpi.data.jsonl import check_names, find_caption, find_twins, parse_record, shown
-from varpi.data.listing import LeftOut
+from varpi.data.left_out import LeftOut
 from varpi.data.transforms import load_image
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, open_regular
@@ -80,7 +80,7 @@ class TarShards:
             self._shards.append(index)
             samples += len(index) + len(without_image)
             for name in without_image:
-                left_out.add("without an image", f"{path}/{name}")
+                left_out.add(NO_IMAGE, f"{path}/{name}")
             digest.update(f"{os.path.basename(path)}\0{os.path.getsize(path)}\0{members}\0".encode())
         left_out.say(shown(self._paths), samples, "samples")
         self._ends = np.cumsum([len(index) for index in self._shards])
@@ -97,12 +97,16 @@ class TarShards:
         caption = self.caption(index)
         shard, entry = self._place(index)
         data = self._read(shard, entry, "image")
-        return Item(load_image(data, self._name(index), self._image_size, min_side=self._min_side), caption)
+        return Item(load_image(data, self.name(index), self._image_size, min_side=self._min_side), caption)
 
     def caption(self, index: int) -> str:
         shard, entry = self._place(index)
         record, text = (self._read(shard, entry, kind) if entry[f"{kind}_start"] else None for kind in ("json", "txt"))
-        return sample_caption(record, text, self._fields, self._name(index))
+        return sample_caption(record, text, self._fields, self.name(index))
+
+    def name(self, index: int) -> str:
+        shard, entry = self._place(index)
+        return f"{self._paths[shard]}/{os.fsdecode(entry['key'])}"
 
     def key(self, index: int) -> str:
         """<name of the shard>/<name of the sample>.
@@ -136,10 +140,6 @@ class TarShards:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, self._shards[shard][index - self._ends[shard]]
 
-    def _name(self, index: int) -> str:
-        shard, entry = self._place(index)
-        return f"{self._paths[shard]}/{os.fsdecode(entry['key'])}"
-
 
 def sample_caption(record: bytes | None, text: bytes | None, fields: Sequence[str], name: str) -> str:
     """The caption of a sample, from its JSON or else its text file.
@@ -162,13 +162,13 @@ def sample_caption(record: bytes | None, text: bytes | None, fields: Sequence[st
             if caption:
                 return caption
             reasons.append("its text is blank")
-    raise Dropped(f"{name}: {', '.join(reasons) or 'neither .json nor .txt beside the image'}")
+    raise Dropped(f"{name}: {', '.join(reasons) or 'neither .json nor .txt beside the image'}", NO_CAPTION)
 
 
 def read_samples(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of a shard, read from its beginning to its end: name, and the parts "image", "json", "txt" it has.
 
-    The members of a sample must follow one another. Samples without an image are passed over.
+    The members of a sample must follow one another.
 
     Raises:
         VarpiError: as `TarShards`, once the damaged place is reached.
@@ -182,8 +182,7 @@ def read_samples(path: str) -> Iterator[tuple[str, dict[str, bytes]]]:
                     parts.setdefault(kind, file.read(size))
                 else:
                     logger.warning("%s/%s: its %s has %d bytes and is left out", path, key, kind, size)
-            if "image" in parts:
-                yield key, parts
+            yield f"{path}/{key}", parts
 
 
 def check_shard(path: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varpi.data.caption_check import refuse_emptied
 from varpi.data.captions import clean_caption
 from varpi.errors import VarpiError
 from varpi.runtime import hub
@@ -29,6 +30,9 @@ class TextEncoder:
     Raises:
         VarpiError: nothing is there, it lacks a file or a weight, it is no T5, or a package is missing.
     """
+
+    caption_check = staticmethod(refuse_emptied)
+    """What leaves out captions of which cleaning leaves nothing; too long ones it cuts."""
 
     def __init__(
         self,

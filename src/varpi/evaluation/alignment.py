@@ -22,7 +22,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from varpi import objective
+from varpi.data.caption_check import checked
 from varpi.data.dataset import BadImage, Dataset, Dropped, Item
+from varpi.data.left_out import LeftOut
 from varpi.data.loader import collate_conditions
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
@@ -122,7 +124,7 @@ def evaluate_alignment(
     meter = _Meter(
         generator, tokenizer, extractor, perceptual, weights, samples_per_image, context_noise, seed, batch_size
     )
-    items = _Items(dataset, images)
+    items = _Items(checked(dataset, generator.caption_check), images)
     reference, free_tokens = hashlib.sha256(), hashlib.sha256()
     place = 0
     with (
@@ -145,7 +147,8 @@ def evaluate_alignment(
                 bar.advance(task, len(pixels))
     if place < 2:
         raise VarpiError(
-            f"{place} usable images of {len(dataset)} ({items.left_out()}); the Fréchet distance needs at least 2"
+            f"{place} usable images ({items.left_out.line(len(dataset), 'images')}); the Fréchet distance needs at "
+            "least 2"
         )
 
     values, details = meter.summary(prior_weight)
@@ -159,8 +162,8 @@ def evaluate_alignment(
         )
     if images is not None and place < images:
         warnings.append(f"{images} images were asked for, {place} are usable")
-    if items.bad or items.dropped:
-        warnings.append(items.left_out())
+    if items.left_out:
+        warnings.append(items.left_out.line(place + len(items.left_out), "images"))
     size = generator.grid * tokenizer.downsample
     return Result(
         kind="alignment",
@@ -178,19 +181,17 @@ def evaluate_alignment(
             "prior_weight": prior_weight,
         },
         warnings=warnings,
-        details={**values, **details, "images": {"used": place, "bad": items.bad, "dropped": items.dropped}},
+        details={**values, **details, "images": {"used": place, "left_out": items.left_out.found}},
     )
 
 
 @dataclass
 class _Items:
-    """The usable items of a dataset, and how many were not."""
+    """The usable items of a dataset, and what was left out."""
 
     dataset: Dataset
     most: int | None
-    bad: int = 0
-    dropped: int = 0
-    last: str = ""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def blocks(self) -> Iterator[list[Item]]:
         """At most `most` items, `HELD` at a time, in an order that mixes data sorted by class."""
@@ -201,11 +202,8 @@ class _Items:
                 break
             try:
                 block.append(self.dataset[int(index)])
-            except BadImage as error:
-                self.bad, self.last = self.bad + 1, str(error)
-                continue
-            except Dropped as error:
-                self.dropped, self.last = self.dropped + 1, str(error)
+            except (BadImage, Dropped) as error:
+                self.left_out.note(error)
                 continue
             left -= 1
             if len(block) == HELD:
@@ -213,10 +211,6 @@ class _Items:
                 block = []
         if block:
             yield block
-
-    def left_out(self) -> str:
-        last = f"; the last was {self.last}" if self.last else ""
-        return f"left out: {self.bad} unreadable, {self.dropped} without a usable caption or too small{last}"
 
 
 @dataclass

@@ -27,6 +27,7 @@ from varpi.errors import VarpiError
 from varpi.generators.generator import Generator
 from varpi.generators.language_model import (
     Cache,
+    CaptionRoom,
     PromptCondition,
     attention_mask,
     checkpointed,
@@ -166,7 +167,7 @@ class Emu3(Generator):
                 raise VarpiError(f"prompts must be a list of captions, at least one, not {condition!r:.80}")
             rows = [self._token_ids(caption, i) for i, caption in enumerate(condition)]
             condition = PromptCondition.of(rows, self.pad_id)
-        condition.refuse_longer_than(self.context - self.inputs, self.inputs)
+        condition.refuse_longer_than(self._room, self.inputs)
         return condition.to(self.device)
 
     def _token_ids(self, caption: Any, i: int) -> list[int]:
@@ -179,11 +180,23 @@ class Emu3(Generator):
                 f"captions need a text tokenizer, and {self.folder or 'the checkpoint'} has no tokenizer.json: put the "
                 "files of the released model beside the weights"
             )
-        text, size = (
-            self.text_tokenizer.encode(part, add_special_tokens=False).ids
-            for part in (caption, f"{self.grid}*{self.grid}")
-        )
-        return [self.bos_id, *text, self.vocabulary[BEGIN_IMAGE], *size, self.vocabulary[IMAGE]]
+        text = self.text_tokenizer.encode(caption, add_special_tokens=False).ids
+        return [self.bos_id, *text, *self._tail(self.text_tokenizer)]
+
+    def _tail(self, tokenizer: "TextTokenizer") -> list[int]:
+        """The token ids between a caption and its image."""
+        size = tokenizer.encode(f"{self.grid}*{self.grid}", add_special_tokens=False).ids
+        return [self.vocabulary[BEGIN_IMAGE], *size, self.vocabulary[IMAGE]]
+
+    @property
+    def caption_check(self) -> CaptionRoom | None:
+        tokenizer = self.text_tokenizer
+        return None if tokenizer is None else CaptionRoom(tokenizer, str, 1 + len(self._tail(tokenizer)), self._room)
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a prompt."""
+        return self.context - self.inputs
 
     def drop_condition(self, condition: PromptCondition, drop: Tensor) -> PromptCondition:
         """The prompt without its caption wherever `drop` bool (B,) is true, as in Emu3's own fine-tuning.

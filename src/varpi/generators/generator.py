@@ -8,13 +8,27 @@ index tensor, moved with `.to(device)` and concatenated with `concat_conditions`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from varpi.data.caption_check import CaptionCheck
 from varpi.runtime.pretrained import Stored
+
+
+class CaptionEncoder(Protocol):
+    """Turns captions into what a generator of caption features reads; `TextEncoder` is one."""
+
+    @property
+    def caption_check(self) -> CaptionCheck:
+        """Refuses captions that are none to encode."""
+        ...
+
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        """Of each, float (L,C): valid tokens only."""
+        ...
 
 
 class Generator(Stored, ABC):
@@ -32,14 +46,19 @@ class Generator(Stored, ABC):
     """Names of its classes by id, as far as they are known; saved with its weights."""
     caption_features: tuple[int, int] | None = None
     """(L,C) of the caption features that it reads: most tokens, width. None: it reads none."""
-    text_encoder: Callable[[Sequence[str]], list[Tensor]] | None = None
-    """For one that reads caption features: captions to features float (L,C) of valid tokens only."""
+    text_encoder: CaptionEncoder | None = None
+    """For one that reads caption features: what makes them."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def caption_check(self) -> CaptionCheck | None:
+        """Refuses captions that it cannot be conditioned on; light, for the processes that load data. None: none."""
+        return None if self.text_encoder is None else self.text_encoder.caption_check
 
     def forward(self, tokens: Tensor, condition: Any) -> Tensor:
         return self.logits(tokens, condition)

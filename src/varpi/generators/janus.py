@@ -32,6 +32,7 @@ from varpi.generators.janus_files import (
 )
 from varpi.generators.language_model import (
     Cache,
+    CaptionRoom,
     PromptCondition,
     attention_mask,
     checkpointed,
@@ -172,13 +173,21 @@ class Janus(Generator):
         if not isinstance(condition, PromptCondition):
             rows = self._token_ids(condition)
             condition = PromptCondition.of(rows, self._special_id("pad_token_id"))
-        room = self.hf.config.text_config.max_position_embeddings - self.num_tokens
         vocabulary = self.hf.config.text_config.vocab_size
-        condition.refuse_longer_than(room, self.num_tokens)
+        condition.refuse_longer_than(self._room, self.num_tokens)
         wrong = condition.ids[(condition.ids < 0) | (condition.ids >= vocabulary)]
         if len(wrong):
             raise VarpiError(f"token id {int(wrong[0])} is out of range: this model's text vocabulary has {vocabulary}")
         return condition.to(self.device)
+
+    @property
+    def caption_check(self) -> CaptionRoom | None:
+        return None if self.text_tokenizer is None else CaptionRoom(self.text_tokenizer, dialogue, 2, self._room)
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a prompt."""
+        return self.hf.config.text_config.max_position_embeddings - self.num_tokens
 
     def drop_condition(self, condition: PromptCondition, drop: Tensor) -> PromptCondition:
         """The empty prompt wherever `drop` bool (B,) is true: all but a prompt's first and last token become padding.
@@ -212,14 +221,13 @@ class Janus(Generator):
     def _tokenize(self, caption: str, i: int) -> list[int]:
         if not caption.strip():
             raise VarpiError(f"prompt {i} is blank; Janus-Pro needs a caption for each image")
-        text = f"<|User|>: {caption.strip()}\n\n<|Assistant|>:"
         if self.text_tokenizer is None:
             raise VarpiError(
                 f"captions need a text tokenizer, and {self.folder or 'the checkpoint'} has no tokenizer.json: put "
                 "the files of the released model beside the weights, or give token ids"
             )
         # Whether a tokenizer adds the first token by itself differs between the released files.
-        middle = self.text_tokenizer.encode(text, add_special_tokens=False).ids
+        middle = self.text_tokenizer.encode(dialogue(caption), add_special_tokens=False).ids
         return [self._special_id("bos_token_id"), *middle, self._special_id("boi_token_id")]
 
     def _special_id(self, name: str) -> int:
@@ -255,6 +263,11 @@ class Janus(Generator):
             visible = cache.visible[..., : cache.length + 1]
         hidden = self._language_model(self._embed_images(tokens[:, None]), visible, visible[:, 0].sum(-1) - 1, cache)
         return self._head(hidden[:, -1])
+
+
+def dialogue(caption: str) -> str:
+    """What Janus-Pro was trained to answer with an image."""
+    return f"<|User|>: {caption.strip()}\n\n<|Assistant|>:"
 
 
 def _short(value: object) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varpi.data.dataset import CAPTION_TOO_LONG, Dropped
 from varpi.errors import VarpiError
 from varpi.runtime.pretrained import Pretrained
 
@@ -112,6 +113,25 @@ class PromptCondition:
                     f"prompt {i} has {length} tokens; beside the {image} of an image {room} fit into this model's "
                     "context: shorten it"
                 )
+
+
+@dataclass(frozen=True)
+class CaptionRoom:
+    """Refuses captions that are too long, as the `caption_check` of a generator that tokenizes them itself."""
+
+    tokenizer: "TextTokenizer"
+    dialogue: Callable[[str], str]
+    """The text that a caption becomes."""
+    around: int
+    """Tokens that a prompt has beside those of that text."""
+    room: int
+    """Tokens that a prompt may have."""
+
+    def __call__(self, caption: str, name: str) -> None:
+        length = len(self.tokenizer.encode(self.dialogue(caption), add_special_tokens=False).ids) + self.around
+        if length > self.room:
+            message = f"{name}: the caption {caption[:40]!r}… makes {length} tokens; {self.room} fit into the context"
+            raise Dropped(message, CAPTION_TOO_LONG)
 
 
 def text_tokenizer(folder: Path | None) -> "TextTokenizer | None":

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from varpi.data import BadImage, Dropped
+from varpi.data.caption_check import checked
 from varpi.data.opening import open_batches, open_split
+from varpi.generators import Generator
 from varpi.recipe import Recipe, parse_recipe, read_yaml
 from varpi.report.examples import draw_samples
 from varpi.report.page import Page, write_page
@@ -31,7 +33,7 @@ def report_run(run: Path, *, per_condition: int, device: str) -> Path:
     model = run / "model.safetensors"
     if per_condition > 0 and recipe.generator is not None and recipe.tokenizer is not None and model.is_file():
         pair = open_pair(run, device=device)
-        condition, asked = _examples(recipe, pair.generator.num_classes, per_condition)
+        condition, asked = _examples(recipe, pair.generator, per_condition)
         if recipe.generator.source is not None:
             base, tokenizer = open_generator(recipe, device), pair.tokenizer
             if recipe.method.trains == "tokenizer":
@@ -54,14 +56,16 @@ def report_run(run: Path, *, per_condition: int, device: str) -> Path:
     return run / "report.html"
 
 
-def _examples(recipe: Recipe, num_classes: int | None, each: int) -> tuple[Any, list[str] | None]:
+def _examples(recipe: Recipe, generator: Generator, each: int) -> tuple[Any, list[str] | None]:
     """Conditions to sample, `each` of every kind, and what to call them where they are not class ids."""
-    if num_classes is not None:
-        return torch.arange(min(10, num_classes)).repeat(each), None
+    if generator.num_classes is not None:
+        return torch.arange(min(10, generator.num_classes)).repeat(each), None
     if recipe.data.stream:
-        captions: Any = next(open_batches(recipe, World(0, 1, "cpu")).from_cursor(0)).condition[:CAPTIONS]
+        batches = open_batches(recipe, World(0, 1, "cpu"))
+        batches.check_captions(generator.caption_check)
+        captions: Any = next(batches.from_cursor(0)).condition[:CAPTIONS]
         return captions * each, captions * each
-    dataset: Any = open_split(recipe.data, recipe.data.split)
+    dataset: Any = checked(open_split(recipe.data, recipe.data.split), generator.caption_check)
     found: list[tuple[Any, str]] = []
     for i in range(len(dataset)):
         with suppress(BadImage, Dropped):

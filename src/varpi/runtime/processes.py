@@ -80,13 +80,12 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def gather(self, value: int) -> list[int]:
+    def gather(self, value: T) -> list[T]:
         """The value of every process, by rank."""
-        if self.size == 1:
-            return [value]
-        values = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(values, torch.tensor(value, device=self.device))
-        return [int(gathered) for gathered in values]
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def max(self, value: float) -> float:
         if self.size == 1:

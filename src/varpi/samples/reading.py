@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 
 from varpi.data import Dataset
 from varpi.data.images import SUFFIXES, decode
-from varpi.data.listing import LeftOut, list_images
+from varpi.data.left_out import LeftOut
+from varpi.data.listing import list_images
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, read_text

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from varpi.data import Batch, Batches
+from varpi.data.left_out import LeftOut
 from varpi.data.opening import open_batches
 from varpi.data.stream import StreamBatches
 from varpi.errors import Stopped, VarpiError
@@ -48,7 +49,7 @@ from varpi.training.state import (
     save_checkpoint,
 )
 from varpi.training.trouble import EqualRewards, explained
-from varpi.training.validation import Validation, note_loss, prepare_condition
+from varpi.training.validation import Validation, caption_check, note_loss, prepare_condition
 from varpi.weights.class_names import known_class_names, name_classes
 
 
@@ -88,6 +89,7 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
     batches = open_batches(recipe, world, known_class_names(recipe))
     validation = Validation(recipe, world, batches) if recipe.validation is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
+    batches.check_captions(caption_check(method))
     if (generator := generator_of(method)) is not None:
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
@@ -98,7 +100,7 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
     if checkpoint is not None:
         progress = load_checkpoint(checkpoint, method.model, optimizer, world)
     world.on_main(lambda: write_origin(run, recipe, batches.fingerprint))
-    batches.seen, batches.bad, batches.dropped = _share(progress, world)
+    batches.seen, batches.left_out = _share(progress, world)
     logger = open_logger(run, recipe.logging, training.steps, progress.step, world, show=show)
     with logger, explained(run, progress):
         return _loop(run, Trainer(recipe, method, optimizer, world), batches, validation, progress, logger)
@@ -133,8 +135,6 @@ def _loop(
                 logger.log(progress.step, metrics)
                 if world.is_main:
                     equal_rewards.see(progress.step, metrics)
-            opened = world.sum([float(batches.seen), float(batches.bad), float(batches.dropped)])
-            progress.images_opened, progress.bad_images, progress.dropped_images = map(int, opened)
 
             if validation is not None and (progress.step % validation.every == 0 or is_over(recipe, progress)):
                 loss = validation.loss(method)
@@ -146,14 +146,16 @@ def _loop(
             due = training.save_every is not None and progress.step % training.save_every == 0
             if due or finished or stopping:
                 progress.cursors = world.gather(cursor)
+                progress.images_opened = sum(world.gather(batches.seen))
+                progress.left_out = LeftOut(*world.gather(batches.left_out.found)).found
                 save_checkpoint(run, method.model, trainer.optimizer, progress, world, training.keep)
+            if (stopping or finished) and world.is_main:
+                LeftOut(progress.left_out).say(recipe.data.source, progress.images_opened, "images")
             if stopping and not finished:
                 where = f"step {progress.step} of {training.steps}"
                 return Stopped(stopping, f"stopped at {where}, saved in {run}; continue with --resume")
     if validation is None:
         _save_model(run, trainer, progress)
-    if progress.dropped_images:
-        logger.say(f"left out {progress.dropped_images} of {progress.images_opened} images: no caption, or too small")
     return None
 
 
@@ -262,8 +264,11 @@ def _save_model(run: Path, trainer: "Trainer", progress: Progress) -> None:
     trainer.world.barrier()
 
 
-def _share(progress: Progress, world: World) -> tuple[int, int, int]:
-    """This process's part of the images counted before a resume: opened, unreadable, left out."""
-    counts = progress.images_opened, progress.bad_images, progress.dropped_images
-    opened, bad, dropped = (count // world.size + (world.rank < count % world.size) for count in counts)
-    return opened, bad, dropped
+def _share(progress: Progress, world: World) -> tuple[int, LeftOut]:
+    """This process's part of what was counted before a resume: images opened, and those left out."""
+
+    def part(count: int) -> int:
+        return count // world.size + (world.rank < count % world.size)
+
+    parts = {reason: (part(count), example) for reason, (count, example) in progress.left_out.items()}
+    return part(progress.images_opened), LeftOut({reason: found for reason, found in parts.items() if found[0]})

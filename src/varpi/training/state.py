@@ -59,11 +59,10 @@ class Progress:
     skipped: int = 0
     """Updates skipped for a non-finite loss or gradient, in all."""
     skipped_in_a_row: int = 0
-    bad_images: int = 0
-    """Unreadable images replaced so far, over all processes."""
-    dropped_images: int = 0
-    """Images left out on purpose so far, for want of a caption or of pixels."""
     images_opened: int = 0
+    """Over all processes, unusable ones included."""
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Those that were replaced: by reason how many, and the first of them."""
     cursors: list[int] = field(default_factory=list)
     """Where each process's stream of data goes on."""
     best_loss: float | None = None

@@ -1,6 +1,5 @@
 """Validation: the loss on held-out images, by all processes together."""
 
-import logging
 import math
 from contextlib import suppress
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 
 from varpi.data import BadImage, Batch, Batches, Dataset, Dropped, Item
+from varpi.data.caption_check import CaptionCheck, checked
+from varpi.data.left_out import LeftOut
 from varpi.data.loader import collate_conditions
 from varpi.data.opening import open_held_out
 from varpi.data.stream import StreamBatches
@@ -28,21 +29,28 @@ class Validation:
         self._dataset = open_held_out(recipe, recipe.validation.split, batches)
         self._count = min(recipe.validation.images or len(self._dataset), len(self._dataset))
         self._size = recipe.training.micro_batch or recipe.training.batch_size
+        self._source = f"{recipe.data.source}[{recipe.validation.split}]"
+        self._said: dict[str, tuple[int, str]] = {}
 
     @torch.no_grad()
     def loss(self, method: Method) -> float:
-        """Mean over the held-out images; those that cannot be read are left out with a warning."""
-        total, images = 0.0, 0.0
+        """Mean over the held-out images; those that cannot be used are left out, which is said when it changes."""
+        total, images, left_out = 0.0, 0.0, LeftOut()
+        dataset = checked(self._dataset, caption_check(method))
         rounds = -(-self._count // (self._size * self._world.size))  # the same number on every process:
-        filler = _first_readable(self._dataset)  # sharded models need every process in every pass
+        filler = _first_readable(dataset)  # sharded models need every process in every pass
         for i in range(rounds):
             first = (i * self._world.size + self._world.rank) * self._size
-            items = _readable(self._dataset, range(first, min(first + self._size, self._count)))
+            items = _readable(dataset, range(first, min(first + self._size, self._count)), left_out)
             loss = float(method.validation_loss(self._batch(method, items or [filler])))
             if items:
                 total, images = total + loss * len(items), images + len(items)
         method.stages.take()
         total, images = self._world.sum([total, images])
+        left_out = LeftOut(*self._world.gather(left_out.found))
+        if self._world.is_main and left_out.found != self._said:
+            self._said = left_out.found
+            left_out.say(self._source, self._count, "held-out images")
         if not images:
             raise VarpiError(f"validation: none of the first {self._count} held-out images could be read")
         return total / images
@@ -74,14 +82,20 @@ def prepare_condition(method: Method, condition: Any) -> Any:
     return condition if generator is None else generator.prepare_condition(condition)
 
 
-def _readable(dataset: Dataset, indices: range) -> list[Item]:
-    """The items that can be used; each of the others gets a warning."""
+def caption_check(method: Method) -> CaptionCheck | None:
+    """What leaves out the captions that the method's generator cannot take."""
+    generator = generator_of(method)
+    return None if generator is None else generator.caption_check
+
+
+def _readable(dataset: Dataset, indices: range, left_out: LeftOut) -> list[Item]:
+    """The items that can be used; the others are counted."""
     items = []
     for index in indices:
         try:
             items.append(dataset[index])
         except (BadImage, Dropped) as error:
-            logging.getLogger("varpi").warning("validation leaves out an image: %s", error)
+            left_out.note(error)
     return items
 
 
