@@ -64,7 +64,7 @@ BatchSize = Annotated[Int, Field(ge=1, le=2**20)]
 Weight = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
-Architecture = Annotated[str | dict[str, Any], BeforeValidator(_name_or_fields)]
+NameOrFields = Annotated[str | dict[str, Any], BeforeValidator(_name_or_fields)]
 
 
 class Section(BaseModel):
@@ -76,7 +76,7 @@ class Section(BaseModel):
 class GeneratorSection(Section):
     source: str | None = None
     """Checkpoint file, directory, Hub id or embedded name; none: freshly initialized from `architecture`."""
-    architecture: Architecture | None = None
+    architecture: NameOrFields | None = None
     """A name such as llamagen-c2i-xxl, or the fields of LlamaGenConfig, here or in a .json file; none: what the
     checkpoint says."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] | None = None
@@ -90,7 +90,7 @@ class GeneratorSection(Section):
 class TokenizerSection(Section):
     source: str | None = None
     """Checkpoint file, directory, Hub id or embedded name; none: freshly initialized from `architecture`."""
-    architecture: Architecture | None = None
+    architecture: NameOrFields | None = None
     """A name such as vq-16, or the fields of VQConfig, here or in a .json file; none: what the checkpoint says."""
 
 

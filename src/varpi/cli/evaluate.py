@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, command, digest, load_pair, say, warn
+from varpi.cli.options import add_device, asked_pair, command, digest, say, warn
 from varpi.cli.sample import Wanted, add_sampling, prepare
 from varpi.cli.sampling_flags import settings_of
 from varpi.errors import VarpiError
@@ -258,7 +258,7 @@ def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
         raise VarpiError("--metrics: alignment has one fixed set of them")
     if not world.is_main:
         return None
-    pair = load_pair(options)
+    pair = asked_pair(options)
     generator, tokenizer = pair.generator, pair.tokenizer
     recipe = recipe_of(options.samples)
     if options.data is not None:

@@ -59,7 +59,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def load_pair(options: argparse.Namespace) -> Any:
+def asked_pair(options: argparse.Namespace) -> Any:
     """The `Pair` that the options name."""
     from varpi.recipe import read_architecture
     from varpi.runtime.processes import choose_device

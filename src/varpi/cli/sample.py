@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_pair, command, digest, load_pair, say
+from varpi.cli.options import add_pair, asked_pair, command, digest, say
 from varpi.cli.sampling_flags import add_flags, settings_of
 from varpi.errors import VarpiError
 
@@ -125,7 +125,7 @@ def prepare(options: argparse.Namespace, output: Path) -> Wanted:
             raise VarpiError("--geneval: give GenEval's metadata by --prompts")
         metadata = read_geneval_metadata(options.prompts)[: options.limit]
     prompts = _prompts(options)
-    pair = load_pair(options)
+    pair = asked_pair(options)
     generator, tokenizer = pair.generator, pair.tokenizer
     if prompts is not None:
         prompts = _usable(options, prompts, generator.caption_check)

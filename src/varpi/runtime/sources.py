@@ -14,7 +14,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 """A file, a directory, a Hub id ("org/name[@revision][:file]"), or a state dict."""
 
 EMBEDDED = ("digits", "cifar10")
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -48,13 +48,13 @@ def find(source: str | os.PathLike[str]) -> Path:
             raise VarpiError(f"{source}: cannot be listed ({line(error)})") from error
         return path / _choose(files, f"{source}", f"{path}{os.sep}<file>")
     if os.path.isfile(path):
-        if path.suffix not in SUFFIXES and not path.name.endswith(".index.json"):
-            raise VarpiError(f"{source}: not a checkpoint file; the name must end in one of {', '.join(SUFFIXES)}")
+        if path.suffix not in ENDINGS and not path.name.endswith(".index.json"):
+            raise VarpiError(f"{source}: not a checkpoint file; the name must end in one of {', '.join(ENDINGS)}")
         return path
     if os.path.lexists(path):
         raise VarpiError(f"{source}: is a pipe, a device or a broken link; expected a checkpoint file or a directory")
     match = hub.ID.fullmatch(os.fspath(source))
-    if match and Path(match["repo"]).suffix not in SUFFIXES:
+    if match and Path(match["repo"]).suffix not in ENDINGS:
         return _download(match["repo"], match["revision"], match["file"])
     raise VarpiError(
         f"{os.fspath(source)[:300]}: no such file or directory, and neither a Hub id (org/name[@revision][:file]) nor "
@@ -76,13 +76,13 @@ def _choose(files: Iterable[str], where: str, how: str) -> str:
     for preferred in ("model.safetensors", "consolidated.pth"):
         if preferred in files:
             return preferred
-    for endings in ((".safetensors.index.json",), (".bin.index.json",), SUFFIXES):
+    for endings in ((".safetensors.index.json",), (".bin.index.json",), ENDINGS):
         candidates = [name for name in files if name.endswith(endings)]
         if len(candidates) == 1:
             return candidates[0]
         if candidates:
             raise VarpiError(f"{where}: holds {len(candidates)} checkpoints ({few(candidates)}); name one: {how}")
-    raise VarpiError(f"{where}: holds no checkpoint (*{', *'.join(SUFFIXES)})")
+    raise VarpiError(f"{where}: holds no checkpoint (*{', *'.join(ENDINGS)})")
 
 
 def _download(repo: str, revision: str | None, file: str | None) -> Path:

@@ -22,7 +22,7 @@ from varpi.runtime.sources import Source, few, find, shards_of
 WRAPPERS = ("model", "module", "state_dict")
 WRAPPED = 8
 """Wrappers inside each other."""
-PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|gpt_model\.)+")
+NAME_PREFIXES = re.compile(r"(?:module\.|_orig_mod\.|gpt_model\.)+")
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -179,7 +179,7 @@ def _unwrap(content: Mapping[Any, Any], where: object) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise VarpiError(f"{where}: {name} is not a dense tensor with its numbers")
         plain = name.replace("._orig_mod.", ".")
-        if prefixes := PREFIXES.match(plain):
+        if prefixes := NAME_PREFIXES.match(plain):
             plain = plain[prefixes.end() :]
         if plain in tensors:
             raise VarpiError(f"{where}: two entries are called {plain!r} once prefixes such as 'module.' are taken off")

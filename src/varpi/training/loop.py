@@ -34,7 +34,7 @@ from varpi.training.optimizer import learning_rate, make_optimizer
 from varpi.training.run_directory import (
     RunLock,
     check_data,
-    check_output,
+    check_run,
     is_finished,
     is_over,
     is_run,
@@ -49,7 +49,7 @@ from varpi.training.state import (
     save_checkpoint,
 )
 from varpi.training.trouble import EqualRewards, explained
-from varpi.training.validation import Validation, caption_check, note_loss, prepare_condition
+from varpi.training.validation import Validator, caption_check, note_loss, prepare_condition
 from varpi.weights.class_names import known_class_names, name_classes
 
 
@@ -87,7 +87,7 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
             print(f"{run} is finished; nothing was left to do", file=sys.stderr)
         return None
     batches = open_batches(recipe, world, known_class_names(recipe))
-    validation = Validation(recipe, world, batches) if recipe.validation is not None else None
+    validation = Validator(recipe, world, batches) if recipe.validation is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
     batches.check_captions(caption_check(method))
     if (generator := generator_of(method)) is not None:
@@ -110,7 +110,7 @@ def _loop(
     run: Path,
     trainer: "Trainer",
     batches: Batches | StreamBatches,
-    validation: Validation | None,
+    validation: Validator | None,
     progress: Progress,
     logger: Logger | Silence,
 ) -> Stopped | None:
@@ -240,7 +240,7 @@ class Trainer:
 
 def _enter(run: Path, recipe: Recipe, lock: RunLock, resume: bool) -> bool:
     """Refuse what can be refused at once, and keep others out of a run that is there; whether it is finished."""
-    check_output(run, recipe, resume)
+    check_run(run, recipe, resume)
     check_sinks(recipe.logging)
     if is_run(run):
         lock.take()
@@ -251,7 +251,7 @@ def _claim(run: Path, recipe: Recipe, fingerprint: str, lock: RunLock, resume: b
     """Take possession of the directory; the checkpoint to continue from."""
     if not lock.taken:
         lock.take()
-        check_output(run, recipe, resume)  # another run may have begun there meanwhile
+        check_run(run, recipe, resume)  # another run may have begun there meanwhile
     check_data(run, fingerprint)
     return newest_whole(run, logging.getLogger("varpi").warning) if resume else None
 

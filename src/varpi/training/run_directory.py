@@ -93,7 +93,7 @@ def _let_go_of_all() -> None:
 os.register_at_fork(after_in_child=_let_go_of_all)
 
 
-def check_output(run: Path, recipe: Recipe, resume: bool) -> None:
+def check_run(run: Path, recipe: Recipe, resume: bool) -> None:
     """Raise VarpiError for a directory that holds something else, or a run that is not to be continued."""
     if run.exists() and not run.is_dir():
         raise VarpiError(f"{run} is a file; choose another --output")

@@ -19,7 +19,7 @@ from varpi.runtime.processes import World
 from varpi.training.state import Progress
 
 
-class Validation:
+class Validator:
     """What a recipe's `validation` asks for; opens the held-out images, their classes numbered as in the `batches`."""
 
     def __init__(self, recipe: Recipe, world: World, batches: Batches | StreamBatches) -> None:
