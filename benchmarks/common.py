@@ -1,5 +1,6 @@
 """What the benchmarks share: models with random weights, counted and measured work, and where it was measured."""
 
+import argparse
 import json
 import os
 import platform
@@ -24,7 +25,10 @@ from varpi.generators import LlamaGen, LlamaGenConfig
 from varpi.generators.llamagen_files import config_for
 from varpi.networks.loading import load_perceptual
 from varpi.objective import Perceptual
+from varpi.runtime.files import check_output, write_text
 
+MARKER = b'{\n  "machine": {\n    "device": '
+"""How the file of a result begins."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -130,7 +134,19 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, --json among them: a file that holds anything but an earlier result is refused at once."""
+    parser.add_argument("--json", type=Path, help="also write what is printed here")
+    options = parser.parse_args()
+    if options.json is not None:
+        try:
+            check_output("--json", options.json, marker=MARKER)
+        except VarpiError as error:
+            parser.error(str(error))
+    return options
+
+
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write what was measured, `machine` first, which is what a result is known by."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_text(path, json.dumps({"machine": content["machine"], **content}, indent=2) + "\n")

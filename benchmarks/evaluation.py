@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import in_fresh_process, machine, synchronize, write_json
+from common import in_fresh_process, machine, parse, synchronize, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -200,8 +200,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1000, help="of the distances alone (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="of each stage; the best counts (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="also write what is printed here")
-    options = parser.parse_args()
+    options = parse(parser)
     options.batch_size = options.batch_size or [16, 64]
     if (options.samples is None) != (options.reference is None):
         parser.error("--samples and --reference belong together")

@@ -10,11 +10,10 @@ may not fit. Prints what the memory should be, by arithmetic, beside what it was
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import in_fresh_process, machine, peak_gib, random_lpips, reset_peak, synchronize, write_json
+from common import in_fresh_process, machine, parse, peak_gib, random_lpips, reset_peak, synchronize, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -137,8 +136,7 @@ def main() -> None:
     parser.add_argument("--perceptual-weight", type=float, default=1.0, help="0 leaves LPIPS out")
     parser.add_argument("--repeats", type=int, default=2, help="measured steps, after one to warm up")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="also write what is printed here")
-    options = parser.parse_args()
+    options = parse(parser)
     results = {side: in_fresh_process(measure, side, options) for side in options.sides}
     for side, result in results.items():
         result["counted_gib"] = counted_gib(side, result)

@@ -13,7 +13,6 @@ closer the two. Guidance is left out; it doubles the batch on both sides.
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from common import (
     in_fresh_process,
     machine,
     matmul_tflops,
+    parse,
     peak_gib,
     random_generator,
     reset_peak,
@@ -97,8 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="in bfloat16 equal tokens are counted, not required"
     )
-    parser.add_argument("--json", type=Path, help="also write what is printed here")
-    options = parser.parse_args()
+    options = parse(parser)
     try:
         tflop = count(class_conditional(options.architecture, options.image_size), options.images)
     except VarpiError as error:

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from common import (
     in_fresh_process,
     machine,
     matmul_tflops,
+    parse,
     peak_gib,
     random_generator,
     random_lpips,
@@ -219,8 +219,7 @@ def main() -> None:
     parser.add_argument("--small-vq", action="store_true", help="a tokenizer of a quarter of VQ-16's width")
     parser.add_argument("--channels-last", action="store_true", help="the tokenizer's memory format")
     parser.add_argument("--compile-decoder", action="store_true", help="torch.compile the tokenizer's decoder")
-    parser.add_argument("--json", type=Path, help="also write what is printed here")
-    options = parser.parse_args()
+    options = parse(parser)
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     try:
         tflop = count(options)

@@ -485,6 +485,13 @@ MUTANTS = [
         "data/test_text_encoder.py -k cleaned",
     ),
     Mutant(
+        "alignment numbers classes in the data's own order",
+        "cli/evaluate.py",
+        "named = pair.class_names if",
+        "named = None if",
+        "cli/test_evaluate.py -k numbers_classes",
+    ),
+    Mutant(
         "captions that cleaning empties are trained on",
         "data/caption_check.py",
         "if not clean_caption(clean_caption(caption)):",

@@ -1,6 +1,8 @@
 """The commands that wait for a GPU, and those of the benchmarks' page, are ones that the scripts take."""
 
 import argparse
+import importlib
+import json
 import re
 import runpy
 import shlex
@@ -36,3 +38,24 @@ def test_it_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("script", sorted({command.split()[0] for command in COMMANDS}))
+def test_no_result_replaces_anything_else(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    path = tmp_path / "a.json"
+    monkeypatch.setattr(sys, "argv", [script, "--json", str(path)])
+    path.write_text('{"mine": 1}')
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"--json {path}: holds something else and is not replaced; choose another" in capsys.readouterr().err
+    assert path.read_text() == '{"mine": 1}'
+    path.unlink()
+    common = importlib.import_module("common")
+    for number in (1, 2):  # a result replaces a result
+        assert common.parse(argparse.ArgumentParser()).json == path
+        common.write_json(path, {"number": number, "machine": common.machine("cpu")})
+    assert json.loads(path.read_text())["number"] == 2

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from training_runs import quiet
 
 from varpi.cli.main import main
 from varpi.evaluation import differences, read_result
 from varpi.evaluation.distances import frechet_distance
+from varpi.evaluation.result import Result
+from varpi.weights import save_generator
 
 DIGITS = ["--features", "digits", "--device", "cpu"]
 
@@ -245,3 +249,47 @@ def test_absurd_counts_are_refused(pair: Path, tmp_path: Path, capsys: pytest.Ca
         assert run("sample", *given, flag, 10**15, "--output", tmp_path / "samples") == 2
         assert "no space left on the disk for" in capsys.readouterr().err
     assert not (tmp_path / "samples").exists()
+
+
+def test_alignment_numbers_classes_as_the_generator_does(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three classes are never renumbered in silence."""
+    images = tiny.images(tmp_path / "images", "ac", per_class=1)
+    named = tiny.generator()
+    named.class_names = ("c", "b", "a")
+    save_generator(named, tmp_path / "named.safetensors")
+    seen: list[list[Any]] = []
+
+    def measured(generator: Any, tokenizer: Any, dataset: Any, **_: Any) -> Result:
+        seen.append([dataset[i].condition for i in range(len(dataset))])
+        return Result("alignment", {}, {}, None, None, {})
+
+    monkeypatch.setattr("varpi.evaluation.alignment.evaluate_alignment", measured)
+    rest = ["--tokenizer", str(pair / "tokenizer.safetensors"), "--kind", "alignment", "--features", "digits"]
+    rest += ["--device", "cpu", "--data", str(images), "--split", "train"]
+    assert main(["evaluate", str(tmp_path / "named.safetensors"), *rest]) == 0
+    assert seen == [[2, 0]]
+    assert main(["evaluate", str(pair / "generator.safetensors"), *rest]) == 2
+    assert "images names 2 classes (a, c, …), the generator knows 3 and no names for them" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    names = ["--class-names", str(tmp_path / "names.txt")]
+    assert main(["evaluate", str(pair / "generator.safetensors"), *rest, *names]) == 0
+    assert seen == [[2, 0], [0, 2]]
+
+
+def test_tokens_of_classes_that_are_named(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tiny.images(tmp_path / "images", "ac", per_class=1)
+    encode = ["encode", "images", str(images), "--tokenizer", str(pair / "tokenizer.safetensors"), "--device", "cpu"]
+    encode += ["--image-size", "16", "--class-names", str(tmp_path / "names.txt")]
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert main([*encode, "--output", str(tmp_path / "t.safetensors")]) == 0
+    assert load_file(tmp_path / "t.safetensors")["classes"].tolist() == [0, 2]
+    with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["varpi"])["class_names"] == ["a", "b", "c"]
+    (tmp_path / "names.txt").write_text("c\nb\na\n")
+    assert main([*encode, "--output", str(tmp_path / "t.safetensors")]) == 2
+    assert "already exists and holds other tokens" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    assert main([*encode, "--output", str(tmp_path / "u.safetensors")]) == 2
+    assert "1 of its 2 classes (c) are none of the 2 known ones (a, b, …)" in capsys.readouterr().err

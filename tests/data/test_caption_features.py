@@ -1,5 +1,9 @@
 import json
 import pickle
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varpi.data import BadImage, Dropped, Item
+from varpi.data import BadImage, Dropped, Item, open_dataset
 from varpi.data.caption_features import EncodeCounts, WithFeatures, encode_captions, read_features, write_features
+from varpi.data.left_out import LeftOut
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 
@@ -295,6 +300,58 @@ def test_any_number_of_processes_writes_what_one_does(size: int, encoder: TextEn
     of_passes = [EncodeCounts(2, 0), EncodeCounts(3, 0), EncodeCounts(2, 0), EncodeCounts(0, 0)]
     assert shares == ([EncodeCounts(4, 0), of_passes[1]] if size == 2 else of_passes[:size])
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+KILLED = """
+import os, signal, sys
+from varpi.runtime import files
+from varpi.cli.main import main
+
+count, replace = 0, os.replace
+
+def dying(source, target):
+    global count
+    count += str(target).endswith(".npy")
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+files.os.replace = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(
+    t5: Path, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    lines = (json.dumps({"image_path": "x.png", "text": caption}) for caption in ("a cat", "a dog", "red"))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    root = tmp_path / "features"
+    command = ["encode", "captions", str(tmp_path / "a.jsonl"), "--text-encoder", str(t5), "--output", str(root)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command, "--device", "cpu"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = {path.name for path in root.rglob("*") if path.is_file()}
+    assert {"encoder.json", "0.npy"} < left
+    (part,) = left - {"encoder.json", "0.npy"}
+    assert re.fullmatch(r"\.1\.npy\.\d+\.part", part)
+    (root / "a" / ".7.npy.12.part").write_bytes(b"of another process, which writes another file")
+    (root / ".encoder.json.12.part").write_bytes(b"")
+    dataset: Any = open_dataset(tmp_path / "a.jsonl", image_size=1)
+    assert encode_captions(dataset, encoder, root, form="npy") == EncodeCounts(2, 1)
+    assert set(contents(root)) == {"encoder.json", "a/0.npy", "a/1.npy", "a/2.npy", "a/.7.npy.12.part"}
+
+
+def test_captions_left_out_are_counted_with_their_reason(encoder: TextEncoder, tmp_path: Path) -> None:
+    left_out = LeftOut()
+    captions = Captions(["a cat", None, "<br/>", "free shipping", "a dog"])
+    assert encode_captions(captions, encoder, tmp_path, left_out=left_out) == EncodeCounts(2, 0)
+    assert left_out.found == {
+        "not to be used": (1, "item 1: no caption"),
+        "with a caption of which cleaning leaves nothing": (
+            2,
+            "item 2: cleaning leaves nothing of the caption '<br/>'",
+        ),
+    }
 
 
 def test_a_lost_file_is_written_again_to_the_bit(encoder: TextEncoder, tmp_path: Path) -> None:

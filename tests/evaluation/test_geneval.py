@@ -1,12 +1,14 @@
 """GenEval's rules against recorded verdicts and by hand, its folders, and the whole evaluation with stubs."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import SHARED, WHICH
 from golden import GOLDEN
 from PIL import Image
 
@@ -200,6 +202,67 @@ def test_images_are_ordered_by_number(root: Path) -> None:
     first, second, _ = read_geneval_folder(root)
     assert [path.name for path in first.images] == ["0000.png", "0002.png", "0003.png", "9.png"]
     assert [path.name for path in second.images] == ["0000.png", "0002.png", "0003.png", "10.png"]
+
+
+def test_what_is_none_of_genevals_images_is_left_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pipes, links that lead back and links to nowhere too; a link to an image is one."""
+    samples = root / "00001" / "samples"
+    (samples / "notes.txt").write_bytes(b"")
+    (samples / "best.png").write_bytes((samples / "0000.png").read_bytes())
+    os.mkfifo(samples / "0004.png")
+    (samples / "0005.png").symlink_to(samples / "0005.png")
+    (samples / "back").symlink_to(root / "00001", target_is_directory=True)
+    (samples / "0003.png").rename(root / "00001" / "elsewhere")
+    (samples / "0003.png").symlink_to(root / "00001" / "elsewhere")
+    found = read_geneval_folder(root)
+    assert [path.name for path in found[1].images] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"{root}: left out 7 of 19 files: ")
+    for reason in (
+        f"3 not named as images are ({samples}/notes.txt)",
+        f"2 no regular file, or not there ({samples}/0004.png)",
+        f"1 a directory that was visited already ({samples}/back/samples)",
+        f"1 not named as GenEval's images are ({samples}/best.png)",
+    ):
+        assert reason in said
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("name", ["orientation-6", "exif-garbage"])
+def test_metadata_of_an_image_turn_it_or_do_nothing(name: str, which: str, tmp_path: Path) -> None:
+    """The detector gets what every other route gets, upright; and the evaluation goes on."""
+    folder = SHARED / "geneval" / name if which == "shared" else geneval_case(tmp_path, name)
+    seen: list[Image.Image] = []
+
+    class Eye:
+        label, source, identity = "eye", "nowhere", {"model": "eye"}
+
+        def __call__(self, image: Image.Image) -> tuple[dict[str, list[list[float]]], dict[str, np.ndarray]]:
+            seen.append(image)
+            mask = np.ones((1, image.height, image.width), dtype=bool)
+            return {"bench": [[0.0, 0.0, float(image.width), float(image.height), 0.95]]}, {"bench": mask}
+
+    result = evaluate_geneval(folder, detector=Eye())
+    assert result.metrics == {"overall": 1.0, "single_object": 1.0}
+    with Image.open(folder / "00000" / "samples" / "0000.png") as stored:
+        pixels = np.asarray(stored.convert("RGB"))
+    expected = np.rot90(pixels, -1) if name == "orientation-6" else pixels
+    assert np.array_equal(np.asarray(seen[0]), expected)
+    assert result.samples["image_size"] == [seen[0].height, seen[0].width]
+
+
+def geneval_case(folder: Path, name: str) -> Path:
+    """One image of a bench, whose metadata say that it lies on its side, or are bytes without a meaning."""
+    record = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+    (folder / "00000" / "samples").mkdir(parents=True)
+    (folder / "00000" / "metadata.jsonl").write_text(json.dumps(record))
+    exif: Any = bytes(range(40))
+    if name == "orientation-6":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    Image.fromarray(pixels).save(folder / "00000" / "samples" / "0000.png", exif=exif)
+    return folder
 
 
 def test_writing_refuses(root: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from varpi.cli.options import add_device, asked_pair, command, digest, say, warn
+from varpi.cli.options import add_class_names, add_device, asked_pair, command, digest, say, warn
 from varpi.cli.sample import Wanted, add_sampling, prepare
 from varpi.cli.sampling_flags import settings_of
 from varpi.errors import VarpiError
@@ -72,6 +72,7 @@ def add(commands: Any) -> None:
     group.add_argument("--data", help="held-out images (default: those of the run)")
     group.add_argument("--split", default="validation", help="of them (default: %(default)s)")
     group.add_argument("--images", type=int, metavar="N", help="how many (default: all)")
+    add_class_names(group)
 
     group = parser.add_argument_group("sampling, for a run")
     group.add_argument("--tokenizer", help="default: the run's")
@@ -248,6 +249,7 @@ def _geneval(options: argparse.Namespace, world: Any, progress: bool) -> Any:
 def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     """Alignment on the held-out images of --data, or of the run's own source; reward and β are the run's."""
     from varpi.data import open_dataset
+    from varpi.data.classes import check_subset, read_classes
     from varpi.data.opening import open_split
     from varpi.evaluation.alignment import evaluate_alignment
     from varpi.methods.rewards import Reward, load_reward_network
@@ -261,12 +263,15 @@ def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     pair = asked_pair(options)
     generator, tokenizer = pair.generator, pair.tokenizer
     recipe = recipe_of(options.samples)
+    named = pair.class_names if options.class_names is None else read_classes(options.class_names)
     if options.data is not None:
-        dataset = open_dataset(options.data, image_size=pair.image_size, split=options.split)
+        dataset = open_dataset(options.data, image_size=pair.image_size, split=options.split, classes=named)
     elif recipe is not None:
-        dataset = open_split(recipe.data, options.split)
+        dataset = open_split(recipe.data, options.split, named)
     else:
         raise VarpiError("--data is missing: the held-out images to measure alignment on")
+    if named is None and dataset.class_names is not None and generator.num_classes is not None:
+        check_subset(dataset.class_names, generator.num_classes, options.data or recipe.data.source)
     chosen: dict[str, Any] = {"perceptual_weight": 0.0}
     perceptual = None
     settings = {} if recipe is None else dict(recipe.method)

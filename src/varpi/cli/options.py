@@ -33,6 +33,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_class_names(parser: Any) -> None:
+    """What the data's class ids mean, where neither the data nor a generator says it."""
     parser.add_argument(
         "--class-names",
         metavar="FILE",

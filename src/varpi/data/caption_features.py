@@ -19,7 +19,7 @@ from varpi.data.dataset import NO_FEATURES, BadImage, Captioned, Dropped, Item
 from varpi.data.left_out import LeftOut
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
-from varpi.runtime.files import line, write_aside, write_text
+from varpi.runtime.files import clear_parts, line, write_aside, write_text
 from varpi.runtime.numpy_files import read_npy
 from varpi.runtime.parts import difference
 
@@ -202,7 +202,9 @@ def encode_captions(
     record = root / "encoder.json"
     if other := difference(record, ours):
         raise VarpiError(f"{record}: {other}; choose another root")
-    write_text(record, json.dumps(ours, indent=2) + "\n")  # now, so that trouble with the root shows
+    if rank == 0:
+        clear_parts([record])
+        write_text(record, json.dumps(ours, indent=2) + "\n")  # now, so that trouble with the root shows
     encoder.batch_size = batch_size
     written = kept = 0
     starts = range(0, len(dataset), batch_size)[rank::world_size]
@@ -221,6 +223,7 @@ def encode_captions(
                 missing |= set() if there else {path}
                 kept += there
             if missing:
+                clear_parts(missing)
                 for path, features in zip(captions, encoder([*captions.values()]), strict=True):
                     if path in missing:
                         write_features(path, features, form, sync=False)

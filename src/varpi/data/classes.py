@@ -94,6 +94,6 @@ def check_subset(class_names: Sequence[str], num_classes: int, where: str) -> No
     few = ", ".join(class_names[:3])
     raise VarpiError(
         f"{where} names {len(class_names)} classes ({few}, …), the generator knows {num_classes} and no names for "
-        "them, so that which ones these are is not told; set data.classes to the names of all of them in the order of "
-        f"their ids: a file, a list, or {IMAGENET!r}"
+        "them, so that which ones these are is not told; set data.classes to the names of all of them (or give them by "
+        f"--class-names) in the order of their ids: a file, a list, or {IMAGENET!r}"
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from varpi.data.dataset import BadImage, Dataset, Dropped
 from varpi.data.left_out import LeftOut
 from varpi.errors import VarpiError
-from varpi.runtime.files import write_aside
+from varpi.runtime.files import clear_parts, write_aside
 from varpi.runtime.memory import check_memory
 from varpi.runtime.parts import claim, difference, wait
 from varpi.runtime.processes import World
@@ -111,6 +111,7 @@ def encode_images(
     for file in files:
         wait(lambda file=file: file.is_file() or None, f"{file}")
     left_out = LeftOut(*(_record(file)["left_out"] for file in files))
+    clear_parts([output])
     record = json.dumps({**asked, "left_out": left_out.found})
     count = _assemble(files, output, {TOKENS_KEY: record})  # one entry: safetensors would shuffle several
     shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from varpi.data.images import decode
+from varpi.data.left_out import LeftOut
+from varpi.data.listing import directories, list_images
 from varpi.data.prompts import GENEVAL_COLORS, GENEVAL_TASKS, read_geneval_metadata
 from varpi.errors import VarpiError
 from varpi.evaluation.detections import (
@@ -33,7 +35,7 @@ from varpi.evaluation.result import Result
 from varpi.networks.mask2former import OBJECT_NAMES
 from varpi.runtime.files import write_text
 from varpi.samples.images import save_png
-from varpi.samples.reading import SampleSet, open_samples
+from varpi.samples.reading import read_sampling
 from varpi.weights import sha256_of
 
 IMAGES_PER_PROMPT = 4
@@ -151,18 +153,23 @@ def _relations(box: Sequence[float], target: Sequence[float]) -> list[str]:
 
 def prompt_folders(root: Path) -> list[Path]:
     """The directories in `root` that are named by a number, in its order; those of GenEval's layout are."""
-    found = [path for path in root.iterdir() if path.name.isdecimal() and path.is_dir()] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name))
+    names = [name for name in directories(root) if name.isdecimal()] if root.is_dir() else []
+    return [root / name for name in sorted(names, key=int)]
 
 
-def folder_images(folder: Path) -> list[Path]:
+def folder_images(folder: Path, left_out: LeftOut) -> list[Path]:
     """The images of one prompt, samples/<digits>.png in order of number.
+
+    left_out: where other files in samples/ are counted.
 
     Raises VarpiError when there is none, or for one that cannot be read.
     """
-    samples = folder / "samples"
-    names = [path.name for path in samples.iterdir()] if samples.is_dir() else []
-    images = [samples / name for name in names if re.fullmatch(r"\d+\.png", name)]
+    samples, images = folder / "samples", []
+    for path in map(Path, list_images(samples, left_out) if samples.is_dir() else []):
+        if path.parent == samples and re.fullmatch(r"\d+\.png", path.name):
+            images.append(path)
+        else:
+            left_out.add("not named as GenEval's images are", str(path))
     if not images:
         raise VarpiError(f"{folder}: holds no images; expected samples/0000.png and so on")
     for path in images:
@@ -185,17 +192,18 @@ def read_geneval_folder(root: str | Path, metadata: str | Path | None = None) ->
     for number, path in enumerate(found):
         if int(path.name) != number:
             raise VarpiError(f"{root}: prompt folder {number:05d} is missing (the next is {path.name})")
-    prompts = []
+    prompts, left_out = [], LeftOut()
     for path in found:
         records = read_geneval_metadata(path / "metadata.jsonl")
         if len(records) != 1:
             raise VarpiError(f"{path / 'metadata.jsonl'}: holds {len(records)} prompts; a folder has one")
-        prompts.append(PromptFolder(path.name, records[0], folder_images(path)))
+        prompts.append(PromptFolder(path.name, records[0], folder_images(path, left_out)))
         if len(prompts[-1].images) != len(prompts[0].images):
             raise VarpiError(
                 f"{path}: holds {len(prompts[-1].images)} images where {found[0].name} holds {len(prompts[0].images)}; "
                 "every prompt needs as many"
             )
+    left_out.say(str(root), sum(len(prompt.images) for prompt in prompts) + len(left_out), "files")
     if metadata is not None:
         _compare(root, prompts, Path(metadata).expanduser())
     return prompts
@@ -305,8 +313,8 @@ def evaluate_geneval(
     judged = [_judge_prompt(root, prompt, found, evaluator["name"]) for prompt in prompts]
     tasks = _by_task(judged)
     scores = {task: numbers["correct"] / numbers["images"] for task, numbers in tasks.items()}
-    samples = open_samples(root)
     images = [path for prompt in prompts for path in prompt.images]
+    width, height = decode(images[0], str(images[0])).size
     return Result(
         kind="geneval",
         metrics={"overall": math.fsum(scores.values()) / len(scores), **scores},
@@ -314,10 +322,10 @@ def evaluate_geneval(
             "source": str(root),
             "sha256": digest_of(f"{path.relative_to(root).as_posix()} {sha256_of(path)}" for path in images),
             "count": len(images),
-            "image_size": [samples.height, samples.width],
+            "image_size": [height, width],
             "images_per_prompt": len(prompts[0].images),
         },
-        sampling=sampling_settings(samples),
+        sampling=sampling_settings(read_sampling(root, len(images))),
         reference={
             "source": str(metadata) if metadata is not None else str(root),
             "sha256": digest_of(sorted(_rules(prompt.metadata) for prompt in prompts)),
@@ -396,11 +404,11 @@ def _warnings(scores: Mapping[str, float], images: int, official: bool, detector
     return warnings
 
 
-def sampling_settings(samples: SampleSet) -> dict[str, Any] | None:
+def sampling_settings(sampling: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """How `varpi sample` made a set, without what it made of what; None where it did not."""
-    if samples.sampling is None:
+    if sampling is None:
         return None
-    return {key: value for key, value in samples.sampling.items() if key not in ("classes", "prompts")}
+    return {key: value for key, value in sampling.items() if key not in ("classes", "prompts")}
 
 
 def digest_of(lines: Iterable[str]) -> str:

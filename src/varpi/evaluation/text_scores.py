@@ -122,7 +122,7 @@ def evaluate_text(
             "count": samples.count,
             "image_size": [samples.height, samples.width],
         },
-        sampling=sampling_settings(samples),
+        sampling=sampling_settings(samples.sampling),
         reference={"source": samples.source, "sha256": digest_of(texts), "count": len(set(texts))},
         evaluator={
             **{scorer.name: dict(scorer.identity) for scorer in scorers},

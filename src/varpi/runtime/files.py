@@ -5,9 +5,10 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +50,17 @@ def write_aside(
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def clear_parts(paths: Iterable[Path]) -> None:
+    """Remove what processes that were killed left of writing these files aside. None may be writing them now."""
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, own in names.items():
+        for part in folder.glob(".*.part"):
+            if re.fullmatch(r"\.(.*)\.\d+\.part", part.name, re.DOTALL) and part.name[1:].rsplit(".", 2)[0] in own:
+                part.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, sync: bool = True) -> None:

@@ -270,7 +270,7 @@ def open_samples(source: str | os.PathLike[str]) -> SampleSet:
         if (path / UNFINISHED).is_file():
             raise VarpiError(f"{path}: its samples are unfinished; run `varpi sample` again, which goes on with them")
         images = _open_folder(path)
-        images.sampling = _sampling(path, images.count)
+        images.sampling = read_sampling(path, images.count)
         return images
     if path.is_file():
         if path.suffix != ".npz":
@@ -316,8 +316,11 @@ def _open_folder(path: Path) -> SampleSet:
     return FolderImages(path)
 
 
-def _sampling(folder: Path, count: int) -> dict[str, Any] | None:
-    """The record of `varpi sample`, if there is one."""
+def read_sampling(folder: Path, count: int) -> dict[str, Any] | None:
+    """How `varpi sample` made the `count` images of a folder; None where it did not.
+
+    Raises VarpiError for a record that cannot be read, or of another number of images.
+    """
     path = folder / RECORD
     if not path.is_file():
         return None
