@@ -263,15 +263,19 @@ def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     pair = asked_pair(options)
     generator, tokenizer = pair.generator, pair.tokenizer
     recipe = recipe_of(options.samples)
-    named = pair.class_names if options.class_names is None else read_classes(options.class_names)
     if options.data is not None:
-        dataset = open_dataset(options.data, image_size=pair.image_size, split=options.split, classes=named)
-    elif recipe is not None:
-        dataset = open_split(recipe.data, options.split, named)
-    else:
+        source = options.data
+        named = pair.class_names if options.class_names is None else read_classes(options.class_names)
+        dataset = open_dataset(source, image_size=pair.image_size, split=options.split, classes=named)
+    elif recipe is None:
         raise VarpiError("--data is missing: the held-out images to measure alignment on")
+    elif options.class_names is not None:
+        raise VarpiError("--class-names is for --data; the classes of a run's own data are those of its recipe")
+    else:
+        source, named = recipe.data.source, pair.class_names
+        dataset = open_split(recipe.data, options.split, named)
     if named is None and dataset.class_names is not None and generator.num_classes is not None:
-        check_subset(dataset.class_names, generator.num_classes, options.data or recipe.data.source)
+        check_subset(dataset.class_names, generator.num_classes, source)
     chosen: dict[str, Any] = {"perceptual_weight": 0.0}
     perceptual = None
     settings = {} if recipe is None else dict(recipe.method)
