@@ -194,7 +194,16 @@ def _open(
 
         return JsonLines(paths, image_size=image_size, caption_fields=fields or CAPTION_FIELDS, min_side=min_side)
 
-    from varpi.data.tables import CaptionTable, Columns, Table, common_folder, load_hub, load_parquet, load_saved
+    from varpi.data.tables import (
+        CaptionTable,
+        Columns,
+        ImageColumn,
+        Table,
+        common_folder,
+        load_hub,
+        load_parquet,
+        load_saved,
+    )
 
     folder = None if kind == "hub" else paths[0] if paths[0].is_dir() else common_folder(paths)
     if kind == "hub":
@@ -204,26 +213,17 @@ def _open(
     else:
         columns = Columns(image_column, None if fields else label_column, fields)
         rows = load_parquet(paths[0] if paths[0].is_dir() else paths, split, columns)
-    name = f"{source}[{split}]"
-    if fields:
-        return CaptionTable(
-            rows,
-            name=name,
-            image_size=image_size,
-            image_column=image_column,
-            caption_columns=fields,
-            min_side=min_side,
-            folder=folder,
-        )
-    return Table(
+    images = ImageColumn(
         rows,
-        name=name,
+        f"{source}[{split}]",
         image_size=image_size,
-        image_column=image_column,
-        label_column=label_column,
-        classes=classes,
+        column=image_column,
+        min_side=min_side if fields else 0,
         folder=folder,
     )
+    if fields:
+        return CaptionTable(rows, images, caption_columns=fields)
+    return Table(rows, images, label_column=label_column, classes=classes)
 
 
 def _locate_in(path: Path, split: str) -> Place:

@@ -35,28 +35,41 @@ class Columns(NamedTuple):
     captions: Sequence[str] = ()
 
 
-class _Images:
-    """The image column of a Hugging Face dataset."""
+class ImageColumn:
+    """The image column of a Hugging Face dataset.
+
+    Args:
+        rows: the table. The column holds images, {bytes, path} structs or bytes.
+        table: what to call the table in an error.
+        image_size: side of the square images, in pixels.
+        column: its name.
+        min_side: the shorter side that an image must have at least, in pixels.
+        folder: what relative paths of images begin at.
+
+    Raises:
+        VarpiError: the table is empty, lacks the column, or the column holds something else.
+    """
 
     def __init__(
         self,
         rows: datasets.Dataset,
+        table: str,
         *,
-        name: str,
         image_size: int,
-        image_column: str,
-        min_side: int,
-        folder: Path | None,
+        column: str,
+        min_side: int = 0,
+        folder: Path | None = None,
     ) -> None:
+        check_columns(rows.column_names, table, image_column=column)
         if len(rows) == 0:
-            raise VarpiError(f"{name}: no images; the table has no rows")
-        if isinstance(rows.features[image_column], datasets.Image):
-            rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self._type = rows.data.schema.field(image_column).type
-        check_image_type(self._type, name, image_column)
-        self._rows = rows.select_columns([image_column])
-        self._column = image_column
-        self._name = name
+            raise VarpiError(f"{table}: no images; the table has no rows")
+        if isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        self._type = rows.data.schema.field(column).type
+        check_image_type(self._type, table, column)
+        self._rows = rows.select_columns([column])
+        self.column = column
+        self.table = table
         self._image_size = image_size
         self._min_side = min_side
         self._folder = folder
@@ -65,17 +78,17 @@ class _Images:
         return len(self._rows)
 
     def name(self, index: int) -> str:
-        return f"{self._name} row {index}"
+        return f"{self.table} row {index}"
 
-    def _lengths(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray:
         """int64 (rows,) bytes of every encoded image, which Arrow knows without reading the images."""
-        column = self._rows.data.column(self._column)
+        column = self._rows.data.column(self.column)
         encoded = column if _is_binary(self._type) else column.flatten()[self._type.get_field_index("bytes")]
         return pc.fill_null(pc.cast(pc.call_function("binary_length", [encoded]), pa.int64()), -1).to_numpy()
 
-    def _image(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:
         return decode_cell(
-            self._rows[int(index)][self._column],
+            self._rows[int(index)][self.column],
             self.name(index),
             self._image_size,
             min_side=self._min_side,
@@ -83,34 +96,30 @@ class _Images:
         )
 
 
-class Table(_Images):
+class Table:
     """(image, class) from two columns of a Hugging Face dataset.
 
     Args:
-        rows: the table. The image column holds images, {bytes, path} structs or bytes; the label column integers >= 0.
-        name: what to call it in an error.
-        image_size: side of the square images, in pixels.
+        rows: the table. The label column holds integers >= 0.
+        images: its images.
         classes: the names of all classes in the order of their ids, where they are known; those of a ClassLabel are
             looked up in it, plain integers are its ids already.
-        folder: what relative paths of images begin at.
 
     Raises:
-        VarpiError: the table is empty, lacks a column, a column holds something else, or a class is none of `classes`.
+        VarpiError: the table lacks the column, the column holds something else, or a class is none of `classes`.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
+        images: ImageColumn,
         *,
-        name: str,
-        image_size: int,
-        image_column: str,
         label_column: str,
         classes: Sequence[str] | None = None,
-        folder: Path | None = None,
     ) -> None:
-        check_columns(rows.column_names, name, image_column=image_column, label_column=label_column)
-        super().__init__(rows, name=name, image_size=image_size, image_column=image_column, min_side=0, folder=folder)
+        name = images.table
+        check_columns(rows.column_names, name, image_column=images.column, label_column=label_column)
+        self._images = images
         labels = _labels(rows, name, label_column)
         names = getattr(rows.features[label_column], "names", None)  # a ClassLabel has them, a plain integer has not
         count = len(names) if names else None if classes is None else len(classes)
@@ -128,46 +137,35 @@ class Table(_Images):
     def fingerprint(self) -> str:
         """The labels and the length of every encoded image."""
         names = "\0".join(self.class_names or [])
-        return hashlib.sha256(self._labels.tobytes() + self._lengths().tobytes() + names.encode()).hexdigest()
+        return hashlib.sha256(self._labels.tobytes() + self._images.lengths().tobytes() + names.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Item:
-        return Item(self._image(index), int(self._labels[index]))
+        return Item(self._images[index], int(self._labels[index]))
 
 
-class CaptionTable(_Images):
+class CaptionTable:
     """(image, caption) from columns of a Hugging Face dataset.
 
     Args:
-        rows: the table. The image column is as in `Table`.
-        name: what to call it in an error.
-        image_size: side of the square images, in pixels.
+        rows: the table.
+        images: its images.
         caption_columns: columns of captions in order of preference; a row's caption is the first that is not blank.
             Dotted paths reach into structs and lists, as in `pick_caption`.
-        min_side: the shorter side that an image must have at least, in pixels.
-        folder: what relative paths of images begin at.
 
     Raises:
-        VarpiError: the table is empty, lacks a column, or has no caption in any row.
+        VarpiError: the table lacks a column, or has no caption in any row.
     """
 
     num_classes = None
     class_names = None
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        *,
-        name: str,
-        image_size: int,
-        image_column: str,
-        caption_columns: Sequence[str],
-        min_side: int = 0,
-        folder: Path | None = None,
-    ) -> None:
-        columns = check_columns(rows.column_names, name, image_column=image_column, caption_columns=caption_columns)
-        super().__init__(
-            rows, name=name, image_size=image_size, image_column=image_column, min_side=min_side, folder=folder
-        )
+    def __init__(self, rows: datasets.Dataset, images: ImageColumn, *, caption_columns: Sequence[str]) -> None:
+        name = images.table
+        columns = check_columns(rows.column_names, name, image_column=images.column, caption_columns=caption_columns)
+        self._images = images
         self._texts = rows.select_columns(columns)
         self._fields = tuple(caption_columns)
         texts: Any = self._texts  # iterates over dictionaries, which its type does not say
@@ -177,22 +175,28 @@ class CaptionTable(_Images):
     @property
     def fingerprint(self) -> str:
         """The length of every encoded image, and that of every caption in a column of plain text."""
-        digest = hashlib.sha256(self._lengths().tobytes())
+        digest = hashlib.sha256(self._images.lengths().tobytes())
         for field in self._texts.data.schema:
             if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
                 lengths = pc.call_function("binary_length", [self._texts.data.column(field.name)])
                 digest.update(pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy().tobytes())
         return digest.hexdigest()
 
+    def __len__(self) -> int:
+        return len(self._images)
+
     def __getitem__(self, index: int) -> Item:
         caption = self.caption(index)
-        return Item(self._image(index), caption)
+        return Item(self._images[index], caption)
 
     def caption(self, index: int) -> str:
         caption = pick_caption(self._texts[int(index)], self._fields)
         if caption is None:
             raise Dropped(f"{self.name(index)}: no caption in {' or '.join(self._fields)}", NO_CAPTION)
         return caption
+
+    def name(self, index: int) -> str:
+        return self._images.name(index)
 
     def key(self, index: int) -> str:
         return f"rows/{index}"
