@@ -3,6 +3,7 @@
 In the ordinary suite by two; by three and four, and killed and gone on with, in the slow one.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -53,7 +54,8 @@ def kill(size: int, arguments: Sequence[object], moment: Callable[[], bool]) -> 
             assert launched.poll() is None, "it came to its end"
             time.sleep(0.001)
     finally:
-        os.killpg(launched.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # none is left
+            os.killpg(launched.pid, signal.SIGKILL)
         launched.communicate()  # until all have closed it, and are gone
 
 
@@ -163,22 +165,25 @@ def test_samples_of_killed_processes_are_finished_by_one(pair: Path, tmp_path: P
 
 @SLOW
 @pytest.mark.parametrize(("killed", "then"), [(1, 3), (3, 2), (4, 4)])
+@pytest.mark.parametrize("job", ["samples", "tokens", "features"])
 def test_killed_and_gone_on_with(
-    pair: Path, captions: Callable[[Path], list[object]], killed: int, then: int, tmp_path: Path
+    pair: Path, captions: Callable[[Path], list[object]], job: str, killed: int, then: int, tmp_path: Path
 ) -> None:
-    """Sampling and both encodings, by any number of processes before and after."""
+    """By any number of processes before and after."""
     jobs: dict[str, tuple[Callable[[Path], list[object]], str, str]] = {
         "samples": (lambda output: sampling(pair, output, 300), "*.png", "sample.json"),
         "tokens": (lambda output: encoding(pair, output, 16), "*.unfinished/0*.safetensors", "tokens.safetensors"),
         "features": (captions, "*/*.npy", "*/120.npy"),
     }
-    for name, (arguments, part, last) in jobs.items():
-        output, whole = tmp_path / name, tmp_path / f"{name}-whole"
-        kill(killed, arguments(output), lambda output=output, part=part: any(output.glob(part)))
-        assert not any(output.glob(last)), name
-        several(then, arguments(output))
-        alone(*arguments(whole))
-        assert contents(output) == contents(whole), name
+    arguments, part, last = jobs[job]
+    kill(killed, arguments(tmp_path / job), lambda: any((tmp_path / job).glob(part)))
+    assert not any((tmp_path / job).glob(last))
+    several(then, arguments(tmp_path / job))
+    alone(*arguments(tmp_path / "whole"))
+    found = contents(tmp_path / job)
+    if job == "features":  # nobody is the last, who could clear away what was half written
+        found = {name: content for name, content in found.items() if not name.endswith(".part")}
+    assert found == contents(tmp_path / "whole")
 
 
 @SLOW
