@@ -5,7 +5,7 @@ import importlib
 import importlib.resources
 import pkgutil
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -71,6 +71,12 @@ class Section(BaseModel):
     """A block of the recipe. Unknown keys are refused; a field's sentence is its documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=False), sort_keys=False)
+
+
+Checked = TypeVar("Checked", bound=Section)
 
 
 class GeneratorSection(Section):
@@ -313,9 +319,6 @@ class Recipe(Section):
         method.check(self)
         return self
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=False), sort_keys=False)
-
 
 def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> Recipe:
     """Read a shipped recipe by name or a YAML file by path, apply `key.path=value` settings, and check everything.
@@ -333,7 +336,7 @@ def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> 
             raise VarpiError(f"no recipe {where!r}: neither a file nor a shipped recipe; {hint}")
     values = read_yaml(path)
     for setting in settings or []:
-        _apply(values, setting)
+        apply_setting(values, setting)
     return parse_recipe(values, path.name)
 
 
@@ -356,12 +359,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """A checked recipe from nested dictionaries; `where` names them in errors."""
+    return parse_section(Recipe, values, where)
+
+
+def parse_section(kind: type[Checked], values: dict[str, Any], where: str) -> Checked:
+    """A checked section of this kind. Raises VarpiError with one line per mistake, each beginning with `where`."""
     try:
         check_extent(values)
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
-        lines = [f"{where}: {_explain(problem, values)}" for problem in problems[:MOST_LINES]]
+        lines = [f"{where}: {_explain(problem, values, kind)}" for problem in problems[:MOST_LINES]]
         if len(problems) > MOST_LINES:
             lines.append(f"{where}: {len(problems) - MOST_LINES} more mistakes")
         raise VarpiError(*lines) from None
@@ -369,7 +377,8 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         raise VarpiError(f"{where}: {error}") from None
 
 
-def _apply(values: dict[str, Any], setting: str) -> None:
+def apply_setting(values: dict[str, Any], setting: str) -> None:
+    """Put `key.path=value`, of which the value is YAML, into nested dictionaries."""
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise VarpiError(f"--set {setting!r}: expected key.path=value")
@@ -387,11 +396,11 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     values[last] = value
 
 
-def _explain(problem: Any, values: dict[str, Any]) -> str:
+def _explain(problem: Any, values: dict[str, Any], kind: type[Section]) -> str:
     """One line for one pydantic error: the key as the user wrote it, what it is, what it must be."""
     key = ".".join(f"{part:.40}" if isinstance(part, str) else str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1], values)
+        known = _known_keys(problem["loc"][:-1], values, kind)
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"the keys here are {', '.join(known)}"
         return f"unknown key {key}; {hint}"
@@ -408,14 +417,14 @@ def _explain(problem: Any, values: dict[str, Any]) -> str:
     return f"{key} is {problem['input']!r:.80}; it must be {message}"
 
 
-def _known_keys(location: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], values: dict[str, Any], kind: type[Section]) -> list[str]:
     """The fields of the section at a pydantic error location."""
-    section: Any = Recipe
+    section: Any = kind
     for part in location:
         if section is Recipe and part == "method":
             section = method_settings(values["method"]["name"])
-        else:
+        elif part in section.model_fields:  # else a name or a number that the user gave, within a mapping or a list
             annotation = section.model_fields[part].annotation
-            members = (annotation, *get_args(annotation))  # of a section that may be left out, `Section | None`
-            section = next(m for m in members if isinstance(m, type) and issubclass(m, Section))
+            members = (annotation, *get_args(annotation))  # of `Section | None`, `dict[str, Section]`, `list[Section]`
+            section = next((m for m in members if isinstance(m, type) and issubclass(m, Section)), section)
     return list(section.model_fields)

@@ -194,7 +194,9 @@ def test_doctor(place: Place) -> None:
         assert f" {line}  " in said
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "encode", "export", "report", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "sample", "evaluate", "study", "encode", "export", "report", "doctor"]
+)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

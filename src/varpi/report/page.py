@@ -12,7 +12,7 @@ from varpi.report.drawing import legend
 from varpi.report.embeddings import Embeddings, embedding_density, embedding_map
 from varpi.report.pictures import Reconstruction, SampleGrid, ScoredImages, extremes, grid, strips
 from varpi.report.results import NamedResult, tables_of_results
-from varpi.report.tables import ClassChanges, TableRow, class_changes, table
+from varpi.report.tables import ClassChanges, ResultTable, TableRow, class_changes, table
 from varpi.runtime.files import write_text
 
 
@@ -29,6 +29,12 @@ class Page:
     """Results, before and after; columns come in the order of `COLUMNS`."""
     results: Sequence[NamedResult] = ()
     """Results of evaluations, compared: base, tuned and baselines, with the settings behind their numbers."""
+    tables: Sequence[ResultTable] = ()
+    """Tables made beforehand, such as those of a study."""
+    reading: str = ""
+    """How to read the tables; none: what holds of sampling seeds."""
+    chosen: Sequence[tuple[str, str]] = ()
+    """What was tried on held-out data, and taken: (of what, in words)."""
     samples: Sequence[SampleGrid] = ()
     """Sample grids that stand side by side, from the same seeds."""
     reconstructions: Sequence[Reconstruction] = ()
@@ -37,6 +43,7 @@ class Page:
     environment: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
     """The recipe as YAML text."""
+    recipe_title: str = "Recipe"
     costs: Mapping[str, Mapping[str, str | float]] = field(default_factory=dict)
     """Run name -> {column: value}: time, memory, images, FLOPs and whatever else the run cost."""
     per_class: Sequence[ClassChanges] = ()
@@ -59,7 +66,7 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     tables = [table(page.table)] if page.table else []
-    tables += tables_of_results(page.results)
+    tables += [*tables_of_results(page.results), *page.tables]
     explained = [
         [metric for metric in one.columns if all(metric not in earlier.columns for earlier in tables[:i])]
         for i, one in enumerate(tables)
@@ -77,7 +84,7 @@ def render(page: Page) -> str:
         panels=curve_panels(page.curves),
         legend=legend(page.curves),
         cost_columns=list(dict.fromkeys(name for cost in page.costs.values() for name in cost)),
-        cost=_cost,
+        cost=cost,
     )
 
 
@@ -89,7 +96,7 @@ def write_page(path: str | os.PathLike[str], page: Page) -> None:
     write_text(path, render(page))
 
 
-def _cost(value: str | float) -> str:
+def cost(value: str | float) -> str:
     """A cost as read in a table: integers whole, powers of ten from 10^9 on, other numbers to three digits, text as it
     is."""
     if isinstance(value, str):

@@ -61,10 +61,12 @@ def table(
     errors: Mapping[str, Mapping[str, float]] | None = None,
     notes: Sequence[tuple[str, Sequence[str]]] = (),
     settings: Sequence[tuple[str, str]] = (),
+    marked: Mapping[str, str] | None = None,
 ) -> ResultTable:
     """Rows under the columns that they need, in the order of `COLUMNS`.
 
     errors: standard errors over images of numbers without a spread, {row: {metric: error}}.
+    marked: the row that is best in a metric, {metric: row}; None: that with the best number.
 
     Raises VarpiError for an unknown metric or a value that is not a finite number or a finite [mean, std].
     """
@@ -81,15 +83,15 @@ def table(
         if name not in row.metrics:
             return None
         mean, std = _mean_and_spread(row.metrics[name])
-        marked = mean == best[name]
+        is_best = mean == best[name] if marked is None else marked.get(name) == row.name
         if std is not None:
             shown, digits = mean_and_std(mean, std)
-            return Cell(_minus(shown), digits, "", marked)
+            return Cell(_minus(shown), digits, "", is_best)
         error = (errors or {}).get(row.name, {}).get(name)
         if error is None:
-            return Cell(number(mean), "", "", marked)
+            return Cell(number(mean), "", "", is_best)
         shown, digits = mean_and_std(mean, error)
-        return Cell(_minus(shown), "", digits, marked)
+        return Cell(_minus(shown), "", digits, is_best)
 
     cells = [{"name": row.name, "note": row.note, "cells": [cell(row, name) for name in names]} for row in rows]
     shown = [cell for row in cells for cell in row["cells"] if cell is not None]

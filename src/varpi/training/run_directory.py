@@ -31,6 +31,10 @@ FREE_TO_CHANGE = {
 """What a resumed run may do differently without being another run."""
 
 
+class InUse(VarpiError):
+    """Another process is at work in a directory."""
+
+
 _locks: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 
 
@@ -62,7 +66,7 @@ class RunLock:
     def take(self) -> None:
         """Lock the directory, which is made if need be, until the end of the `with` block.
 
-        Raises VarpiError when another process has it.
+        Raises InUse when another process has it.
         """
         if self.taken:
             return
@@ -75,7 +79,7 @@ class RunLock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise VarpiError(
+            raise InUse(
                 f"{run}: another process is at work there; wait for it, stop it, or choose another --output"
             ) from None
         except OSError as error:  # a file system that has no locks

@@ -1,0 +1,393 @@
+"""Carrying out a study: variants of training and sampling x seeds, under one protocol, on one page.
+
+It reads from top to bottom as what is done: train each variant with each seed, choose on the validation split what is
+to be chosen, measure everything alike on the test split. What is not there yet is asked for as a job (`work.py`), and
+the whole is looked at again when one is done; so any number of processes may do the jobs, in any order.
+"""
+
+import hashlib
+import os
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from varpi.errors import VarpiError
+from varpi.networks.loading import load_extractor
+from varpi.recipe import Recipe
+from varpi.runtime.files import write_text
+from varpi.runtime.sources import EMBEDDED, embedded, find
+from varpi.runtime.tensors import sha256_of
+from varpi.sampling.settings import Sampling
+from varpi.studies.findings import Findings, Row, write_findings
+from varpi.studies.plan import BEST, FREE, LOWER_IS_BETTER, OWN, START, RowSampling, Study, Variant, flatten
+from varpi.studies.summary import UNTRAINED
+from varpi.studies.tasks import (
+    Weights,
+    count_operations,
+    draw_tokens,
+    look_at_pair,
+    measure_tokens,
+    see_reference,
+    train_variant,
+)
+from varpi.studies.work import Job, Work, all_of
+from varpi.training.run_directory import is_finished, is_run
+from varpi.weights.pair import RUN_MODEL, recipe_of
+
+MARK = "study.yaml"
+"""What lies in a folder of a study."""
+
+
+class Diverged(Exception):
+    """Training came to no end; in what words, as the message."""
+
+
+def carry_out_study(
+    study: Study, where: str, output: Path, *, seeds: Sequence[int] | None = None, jobs: int, device: str, command: str
+) -> Path:
+    """Do, or go on with, a study in the directory `output`; returns its page, study.html, beside study.json.
+
+    where: what errors call the study. seeds: some of its training seeds; None: all. jobs: so many at once.
+    command: what the page says it was made by.
+
+    Raises:
+        VarpiError: whatever can be refused, before any job begins; or jobs that failed, when all others are done.
+        Stopped: SIGTERM or SIGINT came; the same call goes on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise VarpiError("a study shares its jobs by files, without torchrun: start it several times on one --output")
+    for seed in seeds or ():
+        if seed not in study.seeds:
+            raise VarpiError(
+                f"--seeds {seed}: is none of the study's training seeds, {', '.join(map(str, study.seeds))}"
+            )
+    recipes = study.recipes(where)
+    start = _start(study)
+    judges = {judge.name: _identity(judge) for judge in study.protocol.judges}
+    rewards = {name: reward_networks(several[0]) for name, several in recipes.items()}
+    for name, networks in rewards.items():
+        for judge, identity in judges.items():
+            for network, sha256 in networks.items():
+                if sha256 == identity.get("weights_sha256"):
+                    raise VarpiError(
+                        f"{where}: variants.{name} is rewarded by the network that judges, {judge} ({network}): what "
+                        "rewards must not measure; take another judge, or another reward"
+                    )
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).is_file())):
+        raise VarpiError(f"{output} holds something that is not a study; choose another --output")
+    write_text(output / MARK, f"# Of the latest `{command}`\n{study.to_yaml()}")
+    work = Work(output, jobs)
+    bench = _Bench(study, recipes, start, judges, rewards, list(seeds or study.seeds), work, output, device)
+    return write_findings(output, work.until(bench.look), command)
+
+
+def reward_networks(recipe: Recipe) -> dict[str, str]:
+    """The networks that a method is rewarded by, {what it is called: sha256 of its weights}."""
+    found = {}
+    for key, value in flatten(recipe.method.model_dump(mode="json")).items():
+        if key.endswith("perceptual") and value == "digits":
+            found[f"{key}: digits"] = sha256_of(embedded("digits", "perceptual"))
+        elif isinstance(value, str) and Path(value).expanduser().is_file():
+            found[f"{key}: {value}"] = sha256_of(Path(value).expanduser())
+    return found
+
+
+def _identity(judge: Any) -> dict[str, str]:
+    return dict(load_extractor(judge.name, weights=judge.weights).identity)
+
+
+def _start(study: Study) -> Weights:
+    """The start pair. Raises VarpiError where it is not there, or is a run that was not trained to its end."""
+    for part in (study.start.generator, study.start.tokenizer):
+        if part in EMBEDDED:
+            continue
+        run = Path(part).parent if Path(part).name == RUN_MODEL else Path(part)
+        if is_run(run) and (recipe := recipe_of(run)) is not None and not is_finished(run, recipe):
+            raise VarpiError(f"start: {run} has not been trained to its end; continue it with `varpi train --resume`")
+    hashes = [
+        sha256_of(embedded(source, kind) if source in EMBEDDED else find(source))
+        for kind, source in (("generator", study.start.generator), ("tokenizer", study.start.tokenizer))
+    ]
+    return Weights(START, study.start.generator, study.start.tokenizer, *hashes)
+
+
+@dataclass
+class _Bench:
+    """The study as far as its jobs are done. Where one is not, it has been asked for and `Pending` is raised."""
+
+    study: Study
+    recipes: Mapping[str, Sequence[Recipe]]
+    start: Weights
+    judges: Mapping[str, Mapping[str, str]]
+    rewards: Mapping[str, Mapping[str, str]]
+    seeds: Sequence[int]
+    work: Work
+    output: Path
+    device: str
+
+    def look(self) -> Findings:
+        """All findings."""
+        self.choices: dict[str, list[dict[str, Any]]] = {}
+        self.pair = self.work(
+            Job(
+                "pair",
+                look_at_pair,
+                (self.start, self.study.data),
+                {**self.start.hashes, "image_size": self.study.data.image_size},
+            )
+        )
+        for where in (self.study.protocol, self.study.validation):
+            if where is not None and where.samples % self.pair["num_classes"]:
+                classes = self.pair["num_classes"]
+                raise VarpiError(f"{where.samples} samples of {classes} classes; it must be a multiple of {classes}")
+        calls = []
+        scales = self.study.validation.guidance_scales if self.study.validation is not None else []
+        for name in (None, *self.study.variants):
+            sampling = RowSampling() if name is None else self.study.variants[name].sampling
+            calls.append(partial(self._row, name, sampling, guided=False))
+            if scales and sampling.guidance_scale == 1 and (name is None or name in self.recipes):
+                own = sampling.model_copy(update={"guidance_scale": BEST})
+                calls.append(partial(self._row, name, own, guided=True))
+        return Findings(
+            study=self.study,
+            seeds=self.seeds,
+            pair={**self.start.hashes, **self.pair},
+            judges=self.judges,
+            rows=all_of(calls),
+            references={judge: self._reference(judge, self.study.protocol.split) for judge in self.judges},
+            choices=self.choices,
+            device=self.device,
+        )
+
+    def _row(self, name: str | None, sampling: RowSampling, *, guided: bool) -> Row:
+        """A variant, or with None the start pair, sampled in one way and measured on the test split."""
+        variant = self.study.variants[name] if name is not None else Variant(label="Start", note="the pair as it is")
+        trained = self._is_trained(name)
+        row = Row(name or START, guided, variant.label or name or START, variant.note, trained)
+        try:
+            row.sampling = self._sampling(name, sampling)
+            if name is not None and variant.tune:
+                row.changes = variant.tune[self._trial(name)]
+            parts = all_of(
+                partial(self._part, name, seed, row.sampling) for seed in (self.seeds if trained else [None])
+            )
+        except Diverged as error:
+            row.diverged = str(error)
+            return row
+        row.passes = self.pair["num_tokens"] * (2 if row.sampling["guidance_scale"] > 1 else 1)
+        row.cost = {key: statistics.fmean(part.cost[key] for part in parts) for key in parts[0].cost}
+        row.drawn = parts[0].weights, parts[0].drawn
+        for part in parts:
+            row.weights[part.seed] = part.weights.hashes
+            for measured in part.measured:
+                for judge, found in measured.items():
+                    row.warnings.setdefault(judge, found["warnings"])
+                    for metric, value in found["metrics"].items():
+                        row.values.setdefault(judge, {}).setdefault(metric, {}).setdefault(part.seed, []).append(value)
+        return row
+
+    def _part(self, name: str | None, seed: int | None, settings: Mapping[str, Any]) -> "_Part":
+        """What one training seed, or none, adds to a row."""
+        weights, protocol = self._weights(name, seed), self.study.protocol
+        draws = [partial(self._drawn, weights, settings, protocol.samples, one) for one in protocol.sampling_seeds]
+        both: list[Callable[[], Any]] = [
+            lambda: all_of(partial(self._measured, draw, weights, protocol.split) for draw in draws),
+            lambda: self._cost(name, seed),
+        ]
+        return _Part(UNTRAINED if seed is None else str(seed), weights, draws[0]()[0], *all_of(both))
+
+    # -- training
+
+    def _is_trained(self, name: str | None) -> bool:
+        """Whether there is a training behind a variant's weights."""
+        return name is not None and (name in self.recipes or self._is_trained(self.study.variants[name].after))
+
+    def _weights(self, name: str | None, seed: int | None) -> Weights:
+        """What a variant samples from, of the trial that was chosen; None stands for the start."""
+        if name is None:
+            return self.start
+        if name not in self.recipes:
+            return self._weights(self.study.variants[name].after, seed)
+        assert seed is not None
+        return self._training(name, self._trial(name), seed)[0]
+
+    def _training(self, name: str, trial: int, seed: int) -> tuple[Weights, dict[str, Any]]:
+        """The weights of one training, and what it came to. Raises Diverged."""
+        begin = self._weights(self.study.variants[name].after, seed)
+        recipe = self._recipe(name, trial, seed, begin)
+        place = f"{self._place(name, trial)}/seed-{seed}"
+        rewards = {f"sha256 of {network}": sha256 for network, sha256 in self.rewards[name].items()}
+        inputs = {**_kept(recipe), "seed": seed, **rewards, **begin.hashes, "device": self.device}
+        result = self.work(Job(f"train/{place}", train_variant, (recipe, self.device), inputs))
+        if "diverged" in result:
+            raise Diverged(f"{name}, seed {seed}: {result['diverged']}")
+        model = str(self.output / "jobs" / "train" / place / "run" / RUN_MODEL)
+        part = result["part"]
+        return replace(begin, place=place, **{part: model, f"{part}_sha256": result["sha256"]}), result
+
+    def _recipe(self, name: str, trial: int, seed: int, begin: Weights) -> Recipe:
+        recipe = self.recipes[name][trial]
+        sources = {
+            part: section.model_copy(update={"source": getattr(begin, part)})
+            for part in ("generator", "tokenizer")
+            if (section := getattr(recipe, part)) is not None
+        }
+        return recipe.model_copy(update={**sources, "seed": seed})
+
+    def _place(self, name: str, trial: int) -> str:
+        """Of a variant's trial, as part of a path that a reader understands."""
+        if not (tune := self.study.variants[name].tune):
+            return name
+        return f"{name}/{_slug({key.rpartition('.')[2]: value for key, value in tune[trial].items()})}"
+
+    def _cost(self, name: str | None, seed: int | None) -> dict[str, float]:
+        """Of all training behind a variant's weights; that of trials which were not chosen is left out."""
+        if name is None:
+            return {}
+        before = self._cost(self.study.variants[name].after, seed)
+        if name not in self.recipes:
+            return before
+        assert seed is not None
+        trial = self._trial(name)
+        result = self._training(name, trial, seed)[1]
+        recipe = self._recipe(name, trial, self.study.seeds[0], self.start)  # other weights are of the same sizes
+        inputs = {**_kept(recipe), **self.start.hashes}
+        counted = self.work(Job(f"count/{self._place(name, trial)}", count_operations, (recipe, self.device), inputs))
+        own = {key: result[key] for key in ("steps", "images", "seconds")}
+        own["operations"] = counted["operations"] * result["steps"]
+        return {key: value + before.get(key, 0) for key, value in own.items()}
+
+    # -- choosing, on the validation split, by the runs of the first training seed
+
+    def _trial(self, name: str) -> int:
+        """Which trial of a variant is best. Raises Diverged where none came to an end."""
+        variant = self.study.variants[name]
+        if not variant.tune:
+            return 0
+        plain = {key: 1.0 if value == BEST else value for key, value in variant.sampling.model_dump().items()}
+
+        def value(trial: int) -> float | None:
+            try:
+                return self._validated(self._training(name, trial, self.study.seeds[0])[0], plain)
+            except Diverged:
+                return None
+
+        values = all_of(partial(value, trial) for trial in range(len(variant.tune)))
+        best = self._best(name, [{"changes": changes} for changes in variant.tune], values)
+        if best is None:
+            raise Diverged(f"{name}: every trial diverged")
+        return best
+
+    def _sampling(self, name: str | None, sampling: RowSampling) -> dict[str, Any]:
+        """The settings of sampling, where `best` stands the best ones."""
+        candidates = sampling.candidates(self.study.validation)
+        if len(candidates) == 1:
+            return candidates[0]
+        weights = self._weights(name, self.study.seeds[0])
+        values = all_of(partial(self._validated, weights, settings) for settings in candidates)
+        best = self._best(name or START, [{"sampling": settings} for settings in candidates], values)
+        assert best is not None
+        return candidates[best]
+
+    def _validated(self, weights: Weights, settings: Mapping[str, Any]) -> float:
+        """The metric that chooses, of samples that no figure uses."""
+        choice, judge = self.study.validation, next(iter(self.judges))
+        assert choice is not None
+        draw, drawn = self._drawn(weights, settings, choice.samples, choice.sampling_seed)
+        metrics = self._judged(judge, draw, drawn, weights, choice.split)["metrics"]
+        if choice.metric not in metrics:
+            raise VarpiError(f"validation.metric is {choice.metric}, for which {judge} gives no features; take another")
+        return metrics[choice.metric]
+
+    def _best(self, name: str, tried: Sequence[dict[str, Any]], values: Sequence[float | None]) -> int | None:
+        """The place of the best value, the first of equals; written down."""
+        assert self.study.validation is not None
+        sign = 1 if self.study.validation.metric in LOWER_IS_BETTER else -1
+        scored = [(sign * value, i) for i, value in enumerate(values) if value is not None]
+        best = min(scored)[1] if scored else None
+        for i, (one, value) in enumerate(zip(tried, values, strict=True)):
+            record = {**one, "value": value, "chosen": i == best}
+            if record not in (known := self.choices.setdefault(name, [])):
+                known.append(record)
+        return best
+
+    # -- sampling and measuring
+
+    def _drawn(
+        self, weights: Weights, settings: Mapping[str, Any], count: int, seed: int
+    ) -> tuple[str, dict[str, Any]]:
+        """Samples: the name of their job, and what came of it."""
+        protocol, classes = self.study.protocol, self.pair["num_classes"]
+        plain = RowSampling().model_dump()
+        own = {key: value for key, value in settings.items() if value != plain[key]}
+        name = f"draw/{weights.place}/{_slug(own) or 'plain'}/{count}-seed-{seed}"
+        sampling = Sampling(**settings, seed=seed)
+        arguments = (weights, classes, sampling, count, protocol.batch_size, self.device)
+        shared = {"classes": classes, "count": count, "batch_size": protocol.batch_size, "device": self.device}
+        return name, self.work(Job(name, draw_tokens, arguments, {**weights.hashes, **asdict(sampling), **shared}))
+
+    def _measured(self, draw: Callable[[], tuple[str, dict[str, Any]]], weights: Weights, split: str) -> dict[str, Any]:
+        """What every judge sees, by its name."""
+        name, drawn = draw()
+        found = all_of(partial(self._judged, judge, name, drawn, weights, split) for judge in self.judges)
+        return dict(zip(self.judges, found, strict=True))
+
+    def _judged(self, judge: str, draw: str, drawn: Mapping[str, Any], weights: Weights, split: str) -> dict[str, Any]:
+        """What a judge sees of drawn tokens beside a split."""
+        reference, protocol = self._reference(judge, split), self.study.protocol
+        network = next(one for one in protocol.judges if one.name == judge)
+        name = f"measure/{draw.removeprefix('draw/')}/{_slug({'against': split})}/{judge}"
+        place, rest = self.output / "jobs" / draw, (protocol.metrics, protocol.batch_size, self._cache, self.device)
+        inputs = {
+            "tokens_sha256": drawn["sha256"],
+            "tokenizer_sha256": weights.tokenizer_sha256,
+            "reference_sha256": reference["sha256"],
+            "split": split,
+            "metrics": protocol.metrics,
+            "batch_size": protocol.batch_size,
+            "device": self.device,
+            **self.judges[judge],
+        }
+        return self.work(Job(name, measure_tokens, (place, weights, self.study.data, split, network, *rest), inputs))
+
+    def _reference(self, judge: str, split: str) -> dict[str, Any]:
+        data, network = self.study.data, next(one for one in self.study.protocol.judges if one.name == judge)
+        inputs = {**data.model_dump(), "split": split, "device": self.device, **self.judges[judge]}
+        name = f"reference/{_slug({'split': split})}/{judge}"
+        return self.work(Job(name, see_reference, (data, split, network, self._cache, self.device), inputs))
+
+    @property
+    def _cache(self) -> Path:
+        return self.output / "cache"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one training seed adds to a row."""
+
+    seed: str
+    weights: Weights
+    drawn: str
+    """The job of its first samples."""
+    measured: Sequence[Mapping[str, Any]]
+    """What each judge sees, one a sampling seed."""
+    cost: Mapping[str, float]
+
+
+def _kept(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides what comes of it, but for what it begins with and its seed."""
+    values = flatten(recipe.model_dump(mode="json", exclude={"logging"}))
+    return {key: value for key, value in values.items() if key not in FREE | OWN}
+
+
+def _slug(settings: Mapping[str, Any]) -> str:
+    """Settings as the name of a folder; long ones, and what no name may hold, with a hash."""
+    text = ",".join(f"{key}={value}" for key, value in settings.items())
+    plain = re.sub(r"[^A-Za-z0-9=,._+-]", "_", text)
+    return (
+        plain if plain == text and len(text) < 100 else f"{plain[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )

@@ -1,0 +1,219 @@
+"""The jobs of a study: each done once, its result in a file, by this process, its pool, or another study beside it.
+
+DIR/jobs/NAME/   begun.json (what the job depends on), result.json (the same, and what came of it), a lock
+
+A job whose result is there is not done again, as long as it depends on the same; otherwise it is refused. The kernel
+holds a job's lock, so that one which a killed process had begun is free at once, and goes on where its files say.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from varpi.errors import Stopped, VarpiError, printable
+from varpi.runtime.files import read_json, write_text
+from varpi.runtime.parts import difference
+from varpi.runtime.processes import StopRequest, stop_request
+from varpi.studies.jobs import open_pool
+from varpi.training.run_directory import InUse, RunLock
+
+T = TypeVar("T")
+
+
+class Pending(Exception):
+    """A job that was asked for is not done yet."""
+
+
+def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """What each returns. All are called before `Pending` is raised, so that every job that can be done is asked for."""
+    found, pending = [], False
+    for call in calls:
+        try:
+            found.append(call())
+        except Pending:
+            pending = True
+    if pending:
+        raise Pending
+    return found
+
+
+_NAP = 0.5
+"""Seconds between two looks at a job that another process does."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to do once, in a folder of its own."""
+
+    name: str
+    """The folder, below DIR/jobs."""
+    task: Callable[..., dict[str, Any]]
+    """Called with the folder and `arguments`; gives the result, as JSON."""
+    arguments: tuple[Any, ...] = field(repr=False)
+    inputs: Mapping[str, Any] = field(repr=False)
+    """All that the result depends on, as JSON."""
+
+
+class Work:
+    """Does jobs as they are asked for, and remembers what came of them."""
+
+    def __init__(self, output: Path, count: int) -> None:
+        """count: jobs at once; a single one is done by this very process."""
+        self.output = output
+        self.results: dict[str, dict[str, Any]] = {}
+        self._count = count
+        self._wanted: dict[str, Job] = {}
+        self._failed: dict[str, VarpiError] = {}
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """What came of a job.
+
+        Raises Pending as long as it is not done, VarpiError when it was done, or begun, on other inputs.
+        """
+        if job.name not in self.results:
+            result = find_result(self.output, job)
+            if result is None:
+                self._wanted.setdefault(job.name, job)
+                raise Pending
+            self.results[job.name] = result
+        return self.results[job.name]
+
+    def until(self, look: Callable[[], T]) -> T:
+        """What `look` finds, once all jobs that it asks for are done; it is asked again whenever one is.
+
+        Raises:
+            VarpiError: jobs have failed, one line each; all that do not need them are done first.
+            Stopped: SIGTERM or SIGINT came; what was under way is saved as far as it saves itself.
+        """
+        threads = torch.get_num_threads()
+        with stop_request() as stop:
+            try:
+                if self._count == 1:
+                    torch.set_num_threads(1)
+                return self._until(look, stop)
+            finally:
+                torch.set_num_threads(threads)
+
+    def _until(self, look: Callable[[], T], stop: StopRequest) -> T:
+        under_way: dict[Future[Any], Job] = {}
+        busy: dict[str, float] = {}
+        pool: AbstractContextManager[Executor] = nullcontext(_Here()) if self._count == 1 else open_pool(self._count)
+        try:
+            with pool as executor:
+                while True:
+                    self._wanted = {}
+                    with suppress(Pending):
+                        return look()
+                    running = {job.name for job in under_way.values()}
+                    open_jobs = [job for name, job in self._wanted.items() if name not in self._failed]
+                    now = time.monotonic()
+                    for job in open_jobs:
+                        if stop.signal or len(under_way) >= self._count:
+                            break
+                        if job.name not in running and busy.get(job.name, 0.0) <= now:
+                            under_way[executor.submit(carry_out, self.output, job)] = job
+                    if stop.signal:
+                        raise Stopped(stop.signal, self._stopped())
+                    if not open_jobs and not under_way:
+                        raise VarpiError(*(line for error in self._failed.values() for line in error.args))
+                    if not under_way:
+                        time.sleep(_NAP)
+                        continue
+                    for future in wait(under_way, timeout=_NAP, return_when=FIRST_COMPLETED).done:
+                        job = under_way.pop(future)
+                        self._note(job, future, busy)
+        except (VarpiError, BrokenProcessPool):
+            if not stop.signal:
+                raise
+            raise Stopped(stop.signal, self._stopped()) from None  # the pool's processes ended because they were told
+
+    def _note(self, job: Job, future: "Future[Any]", busy: dict[str, float]) -> None:
+        try:
+            result = future.result()
+        except Stopped as error:
+            raise Stopped(error.signal, self._stopped()) from None
+        except VarpiError as error:
+            self._failed[job.name] = VarpiError(*(f"{job.name}: {line}" for line in error.args))
+            _tell(f"failed {job.name}: {error}")
+            return
+        if result is None:
+            if job.name not in busy:
+                _tell(f"{job.name}: another process is at it")
+            busy[job.name] = time.monotonic() + _NAP
+            return
+        self.results[job.name] = result
+        _tell(f"done {job.name}")
+
+    def _stopped(self) -> str:
+        return f"stopped; what is done is in {self.output}, and the same command goes on"
+
+
+def find_result(output: Path, job: Job) -> dict[str, Any] | None:
+    """The result of a job in its file; None where there is none yet.
+
+    Raises VarpiError when the job was done, or begun, on other inputs.
+    """
+    folder = output / "jobs" / job.name
+    for path in (folder / "result.json", folder / "begun.json"):
+        if not path.is_file():
+            continue
+        record = read_json(path)
+        if not isinstance(record, dict) or not isinstance(record.get("inputs"), dict):
+            raise VarpiError(f"{path}: is no record of a job; remove it, and the job is done again")
+        before, now = record["inputs"], json.loads(json.dumps(dict(job.inputs)))
+        if other := difference(before, now) or difference(now, before):
+            raise VarpiError(
+                f"{path}: {other}; it was made for another study: choose another --output, or remove {folder}"
+            )
+        if "result" in record:
+            return record["result"]
+    return None
+
+
+def carry_out(output: Path, job: Job) -> dict[str, Any] | None:
+    """Do a job in its folder; None when another process is at it.
+
+    Raises VarpiError as the job does, and for a result that is not finite.
+    """
+    folder = output / "jobs" / job.name
+    with RunLock(folder) as lock:
+        try:
+            lock.take()
+        except InUse:
+            return None
+        if (found := find_result(output, job)) is not None:
+            return found
+        inputs = dict(job.inputs)
+        write_text(folder / "begun.json", json.dumps({"inputs": inputs}, indent=1) + "\n")
+        result = job.task(folder, *job.arguments)
+        try:
+            text = json.dumps({"inputs": inputs, "result": result}, indent=1, allow_nan=False)
+        except ValueError:
+            raise VarpiError(f"a result is not finite ({result!s:.200}); nothing was recorded") from None
+        write_text(folder / "result.json", text + "\n")
+    return json.loads(text)["result"]
+
+
+class _Here(Executor):
+    """Does what is submitted at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _tell(message: str) -> None:
+    print(printable(message), file=sys.stderr, flush=True)
