@@ -1,0 +1,425 @@
+"""Studies: what is refused, what is chosen by what, and that no interruption and no neighbour changes a number.
+
+Where the logic alone is in question, the jobs are stand-ins that give numbers at once.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from varpi.errors import Stopped, VarpiError
+from varpi.runtime.sources import embedded
+from varpi.studies import study as module
+from varpi.studies.plan import Study, load_study
+from varpi.studies.study import carry_out_study
+from varpi.studies.tasks import TOKENS
+from varpi.studies.work import Job, Work, all_of, carry_out
+from varpi.training.run_directory import RunLock
+
+TEXT = """
+title: Two methods on the digits
+start: {generator: digits, tokenizer: digits}
+data: {source: digits, image_size: 32}
+seeds: [0, 1]
+set: {training.steps: 2, training.batch_size: 2}
+protocol:
+  samples: 10
+  sampling_seeds: [1000, 1001]
+  judges: [{name: digits}]
+  metrics: [frechet_distance, class_agreement]
+validation:
+  samples: 10
+  sampling_seed: 999
+  temperatures: [0.8, 1.0]
+  guidance_scales: [1.0, 2.0]
+compare_with: next_token
+variants:
+  cooler:
+    sampling: {temperature: best}
+  next_token:
+    label: Cross-entropy alone
+    recipe: digits-next-token
+    tune:
+      - optimizer.learning_rate: 1.0e-4
+      - optimizer.learning_rate: 2.0e-4
+  again:
+    recipe: digits-next-token
+    after: next_token
+"""
+
+
+def read(folder: Path, text: str = TEXT, *settings: str) -> Study:
+    path = folder / "pair.yaml"
+    path.write_text(text)
+    return load_study(str(path), settings)[0]
+
+
+def carry(folder: Path, text: str = TEXT, *settings: str, jobs: int = 1, **options: Any) -> dict[str, Any]:
+    """The study's JSON, without what a clock said."""
+    study = read(folder, text, *settings)
+    page = carry_out_study(
+        study, "pair.yaml", folder / "out", jobs=jobs, device="cpu", command="varpi study pair", **options
+    )
+    assert page == folder / "out" / "study.html"
+    return findings(folder / "out")
+
+
+def findings(output: Path) -> dict[str, Any]:
+    found = json.loads((output / "study.json").read_text())
+    for row in found["rows"]:
+        row.get("cost", {}).pop("seconds", None)
+    return found
+
+
+def value_of(place: str, split: str, guidance: float, temperature: float, seed: int) -> float:
+    """A stand-in for the distance: the validation split likes what the test split does not."""
+    rate = 0.5 if "learning_rate=0.0002" in place else 1.0
+    wish = {"validation": rate, "test": 2 - rate}[split]
+    return wish + {1.0: 0.0, 2.0: -0.25}[guidance] + {1.0: 0.0, 0.8: 0.125}[temperature] + (seed % 10) / 64
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Jobs without work. The dictionary changes them: "trained" sees each training, "value" gives the numbers."""
+    hooks: dict[str, Any] = {"trained": lambda folder: None, "value": value_of, "done": []}
+
+    def train(folder: Path, recipe: Any, device: str) -> dict[str, Any]:
+        hooks["done"].append(str(folder).partition("/jobs/")[2])
+        said = hooks["trained"](folder)
+        if said is not None:
+            return {"diverged": said}
+        return {"sha256": f"{hash(str(folder))}", "part": "generator", "steps": 2, "images": 4, "seconds": 0.5}
+
+    def draw(folder: Path, weights: Any, classes: int, sampling: Any, count: int, *rest: Any) -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = torch.arange(classes).repeat(count // classes)
+        save_file({"tokens": torch.zeros(count, 64, dtype=torch.int32), "classes": asked}, folder / TOKENS)
+        (folder / "about.json").write_text(
+            json.dumps([weights.place, sampling.guidance_scale, sampling.temperature, sampling.seed])
+        )
+        return {"sha256": str(folder)}
+
+    def measure(folder: Path, drawn: Path, weights: Any, data: Any, split: str, *rest: Any) -> dict[str, Any]:
+        value = hooks["value"](*(about := json.loads((drawn / "about.json").read_text()))[:1], split, *about[1:])
+        return {"metrics": {"frechet_distance": value, "class_agreement": 0.5}, "warnings": []}
+
+    monkeypatch.setattr(module, "train_variant", train)
+    monkeypatch.setattr(module, "count_operations", lambda *arguments: {"operations": 1000.0})
+    monkeypatch.setattr(module, "see_reference", lambda *arguments: {"sha256": "reference", "count": 800})
+    monkeypatch.setattr(module, "draw_tokens", draw)
+    monkeypatch.setattr(module, "measure_tokens", measure)
+    return hooks
+
+
+def row_of(found: Mapping[str, Any], name: str, *, guided: bool = False) -> dict[str, Any]:
+    return next(row for row in found["rows"] if (row["name"], row["guided"]) == (name, guided))
+
+
+# -- what is chosen, and reported
+
+
+def test_what_is_chosen_is_chosen_on_the_validation_split(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    found = carry(tmp_path)
+    tuned = row_of(found, "next_token")
+    assert tuned["changes"] == {"optimizer.learning_rate": 2e-4}  # 1.5 on the test split, where the other has 1
+    distance = tuned["metrics"]["digits"]["frechet_distance"]
+    assert distance["mean"] == 1.5 + 0.5 / 64
+    assert distance["values"] == {"0": [1.5, 1.5 + 1 / 64], "1": [1.5, 1.5 + 1 / 64]}
+    assert row_of(found, "cooler")["sampling"]["temperature"] == 1.0
+    guided = row_of(found, "next_token", guided=True)
+    assert (guided["sampling"]["guidance_scale"], guided["cost"]["transformer_tokens_per_sample"]) == (2.0, 128)
+    assert guided["metrics"]["digits"]["frechet_distance"]["mean"] == 1.25 + 0.5 / 64
+    records = found["choices"]["next_token"]
+    assert [(one["value"], one["chosen"]) for one in records] == [
+        (1 + 9 / 64, False), (0.5 + 9 / 64, True),  # learning rates; the seed is 999
+        (0.5 + 9 / 64, False), (0.25 + 9 / 64, True),  # guidance scales
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "study.html").read_text()
+    assert "learning rate 0.0001: 1.14; learning rate 0.0002: 0.641 (taken)" in text
+    assert "by 10 samples of seed 999, which no figure uses, of the runs of training seed 0; 2 trials" in text
+    assert "none for again" in text
+
+
+def test_what_each_row_costs_and_begins_with(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    found = carry(tmp_path)
+    assert row_of(found, "next_token")["cost"] == {
+        "steps": 2, "images": 4, "operations": 2000, "transformer_tokens_per_sample": 64
+    }  # fmt: skip
+    assert row_of(found, "again")["cost"]["images"] == 8  # those of what it begins with included
+    assert row_of(found, "cooler")["cost"] == {"transformer_tokens_per_sample": 64}
+    trained = [place for place in stand_ins["done"] if "next_token" in place]
+    assert trained == [  # a trial that was not chosen is trained with one seed only
+        "train/next_token/learning_rate=0.0001/seed-0",
+        "train/next_token/learning_rate=0.0002/seed-0",
+        "train/next_token/learning_rate=0.0002/seed-1",
+    ]
+    begun = json.loads((tmp_path / "out/jobs/train/again/seed-1/begun.json").read_text())["inputs"]
+    parent = json.loads((tmp_path / "out/jobs" / trained[2] / "result.json").read_text())["result"]
+    assert begun["generator_sha256"] == parent["sha256"]
+    assert (begun["seed"], begun["training.steps"], begun["method.name"]) == (1, 2, "next_token")
+
+
+def test_the_settings_of_fewer_variants_or_seeds_are_those_of_all(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    whole = carry(tmp_path)
+    study = read(tmp_path).only(["again"])
+    assert list(study.variants) == ["next_token", "again"]
+    carry_out_study(study, "pair.yaml", tmp_path / "out", seeds=[1], jobs=1, device="cpu", command="varpi study pair")
+    part = findings(tmp_path / "out")
+    assert part["training_seeds"] == [1]
+    assert row_of(part, "next_token")["changes"] == row_of(whole, "next_token")["changes"]
+    values = row_of(whole, "again")["metrics"]["digits"]["frechet_distance"]["values"]
+    assert row_of(part, "again")["metrics"]["digits"]["frechet_distance"]["values"] == {"1": values["1"]}
+    assert part["winners"]["without_guidance"]["digits"] == {}  # one training seed has no spread
+    with pytest.raises(VarpiError, match="--seeds 7: is none of the study's training seeds, 0, 1"):
+        carry(tmp_path, seeds=[7])
+    with pytest.raises(VarpiError, match="--only gone: there is no such variant, only cooler, next_token, again"):
+        study = read(tmp_path).only(["gone"])
+
+
+def test_a_training_that_diverges_loses_and_is_named(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    def diverges(folder: Path) -> str | None:
+        gone = "learning_rate=0.0002" in str(folder) or folder.match("again/seed-1")
+        return "step 3: 5 updates in a row had a non-finite loss" if gone else None
+
+    stand_ins["trained"] = diverges
+    found = carry(tmp_path)
+    assert row_of(found, "next_token")["changes"] == {"optimizer.learning_rate": 1e-4}
+    assert found["choices"]["next_token"][1] == {
+        "changes": {"optimizer.learning_rate": 2e-4}, "value": None, "chosen": False
+    }  # fmt: skip
+    said = "again, seed 1: step 3: 5 updates in a row had a non-finite loss"
+    assert row_of(found, "again")["diverged"] == said
+    text = (tmp_path / "out" / "study.html").read_text()
+    assert f"Not in the table, for their training diverged:</p>\n    <ul><li>again: {said}" in text
+
+
+# -- interruptions, neighbours, other inputs
+
+
+def test_a_job_that_fails_costs_no_other(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    def fails(folder: Path) -> None:
+        if "next_token" in str(folder):
+            raise VarpiError("no space left on the disk")
+
+    def broken(place: str, *rest: Any) -> float:
+        return float("nan") if place == "start" else 1.0
+
+    stand_ins["trained"], stand_ins["value"] = fails, broken
+    with pytest.raises(VarpiError) as error:
+        carry(tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("measure/start/plain/10-seed-1000/against=test/digits: a result is not finite ({'metr")
+    assert "train/next_token/learning_rate=0.0001/seed-0: no space left on the disk" in lines
+    assert not (tmp_path / "out" / "study.json").exists()
+    assert (tmp_path / "out/jobs/draw/start/plain/10-seed-1001/result.json").is_file()
+    stand_ins["trained"], stand_ins["value"] = lambda folder: None, value_of
+    stand_ins["done"].clear()
+    assert row_of(carry(tmp_path), "again")["trained"]
+    assert len(stand_ins["done"]) == 5  # now
+
+
+def test_a_job_is_done_once_and_refused_for_another_study(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    first = carry(tmp_path)
+    count = len(stand_ins["done"])
+    assert carry(tmp_path, TEXT) == first
+    assert len(stand_ins["done"]) == count
+    files = {path: path.read_bytes() for path in (tmp_path / "out" / "jobs").rglob("*.json")}
+    with pytest.raises(
+        VarpiError, match=r"seed-0/result.json: training.steps is 2, here it is 3; it was made for anot"
+    ):
+        carry(tmp_path, TEXT, "set.training.steps=3")
+    with pytest.raises(VarpiError, match=r"10-seed-1000/against=test/digits/result.json: metrics is \['frechet_dist"):
+        carry(tmp_path, TEXT, "protocol.metrics=[frechet_distance]")
+    assert {path: path.read_bytes() for path in files} == files
+    longer = carry(tmp_path, TEXT, "seeds=[0, 1, 2]")  # what only adds jobs goes on
+    assert row_of(longer, "again")["metrics"]["digits"]["frechet_distance"]["values"].keys() == {"0", "1", "2"}
+
+
+def test_a_job_of_another_process_is_waited_for(tmp_path: Path) -> None:
+    job = Job("slow", answer, (41,), {"question": 1})
+    held = RunLock(tmp_path / "jobs" / "slow")
+    held.take()
+    assert carry_out(tmp_path, job) is None
+    path = tmp_path / "jobs" / "slow" / "result.json"
+
+    def finish() -> None:
+        path.write_text(json.dumps({"inputs": {"question": 1}, "result": {"answer": 7}}))
+        held.let_go()
+
+    Timer(0.7, finish).start()
+    work = Work(tmp_path, 1)
+    assert work.until(lambda: all_of([lambda: work(job)])) == [{"answer": 7}]  # the other's, not 41
+
+
+def answer(folder: Path, number: int) -> dict[str, int]:
+    return {"answer": number}
+
+
+def wait_for_a_signal(folder: Path) -> dict[str, int]:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(100)
+    return {}
+
+
+def test_a_signal_ends_the_pool_and_says_how_to_go_on(tmp_path: Path) -> None:
+    work = Work(tmp_path, 2)
+    begun = time.monotonic()
+    with pytest.raises(Stopped, match=r"stopped; what is done is in .*, and the same command goes on") as stopped:
+        work.until(lambda: work(Job("slow", wait_for_a_signal, (), {})))
+    assert stopped.value.signal == signal.SIGTERM
+    assert time.monotonic() - begun < 60
+    assert not (tmp_path / "jobs" / "slow" / "result.json").exists()
+
+
+@pytest.mark.slow  # half a minute of processor time
+@pytest.mark.timeout(900)
+def test_a_study_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    """Really trained, sampled and measured: at once, and in pieces by two killed processes and a third."""
+    only = TEXT.replace("  again:", "  again2:").replace("tune:", "note: tuned\n    tune:")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    expected = carry(whole, only)
+    pieces = tmp_path / "pieces"
+    pieces.mkdir()
+    study = read(pieces, only)
+    (pieces / "pair.yaml").write_text(only)
+    command = [sys.executable, "-m", "varpi", "study", str(pieces / "pair.yaml"), "--output", str(pieces / "out")]
+    for jobs, results in ((1, 5), (2, 16)):
+        with subprocess.Popen(
+            [*command, "--jobs", str(jobs)], stderr=subprocess.DEVNULL, start_new_session=True
+        ) as one:
+            until(lambda least=results: len([*(pieces / "out").rglob("result.json")]) >= least, one)
+            os.killpg(one.pid, signal.SIGKILL)
+    found = carry(pieces, only)
+    assert found == expected
+    assert study.title in (pieces / "out" / "study.html").read_text()
+    distances = [row["metrics"]["digits"]["frechet_distance"]["mean"] for row in found["rows"]]
+    assert len({*distances}) >= 5
+    assert row_of(found, "next_token")["cost"]["operations"] > 1e9
+    hashes = {seed: one["generator_sha256"] for seed, one in row_of(found, "next_token")["weights"].items()}
+    assert len({*hashes.values(), found["pair"]["generator_sha256"]}) == 3
+
+
+def until(ready: Callable[[], bool], process: "subprocess.Popen[Any]") -> None:
+    deadline = time.monotonic() + 600
+    while not ready():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# -- what is refused
+
+
+def change(old: str, new: str) -> str:
+    assert old in TEXT
+    return TEXT.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (change("compare_with:", "compared_with:"), "pair.yaml: unknown key compared_with; did you mean compare_with?"),
+        (change("tune:", "tuned:"), "unknown key variants.next_token.tuned; did you mean tune?"),
+        (change("  again:", "  cooler:"), "the key cooler is given twice, in line 19 too"),
+        (change("seeds: [0, 1]", "seeds: []"), "seeds is \\[\\]; it must be"),
+        (TEXT.replace("seeds: [0, 1]\n", ""), "pair.yaml: seeds is missing"),
+        (change("seeds: [0, 1]", "seeds: [0, 0]"), "seeds lists a seed twice"),
+        (change("[1000, 1001]", "[1000, 1000]"), "protocol.sampling_seeds lists a seed twice"),
+        (change("sampling_seed: 999", "sampling_seed: 1000"), "validation.sampling_seed is 1000, which figures use"),
+        (change("  sampling_seed: 999", "  sampling_seed: 999\n  split: test"),
+         "validation.split is test, which protocol.split reports on"),
+        (change("[{name: digits}]", "[{name: digits}, {name: digits}]"), "protocol.judges lists a network twice"),
+        (change("temperatures: [0.8, 1.0]", "temperatures: []"), "cooler.sampling.temperature is best, but validation"),
+        (change("after: next_token", "after: gone"), "variants.again.after is gone, and there is no such variant"),
+        (change("after: next_token", "after: again"), "variants.again.after: again after again has no beginning"),
+        (change("compare_with: next_token", "compare_with: cooler"), "must be one of the trained variants"),
+        (change("  again:", "  start:"), "variants.start: start is what the start pair is called"),
+        (change("  again:", "  a b:"), "variants.a b: a variant's name is of small letters, digits, _ and -"),
+        (TEXT + "    tune: [optimizer.eps: 1.0e-8]\n", "tune: next_token 2 and again 1 trials"),
+        (TEXT + "    set: {a.b: 1, a: {b: 2}}\n", "pair.yaml: set: a.b is given twice"),
+        (change("recipe: digits-next-token\n    tune", "tune"), "variants.next_token: tune changes a recipe, and"),
+        (change("metrics: [frechet", "metrics: [fid, frechet"), "protocol.metrics.0 is 'fid'; it must be"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=message) as error:
+        read(tmp_path, text)
+    assert len(error.value.args) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TEXT + "    set: {training.stepps: 2}\n", "variants.again: unknown key training.stepps; did you mean steps"),
+        (TEXT + "    set: {seed: 2}\n", "variants.again sets seed, which the study says for all"),
+        (TEXT + "    set: {data.source: x}\n", "variants.again sets data.source, which the study says for all"),
+        (change("training.steps: 2", "training.stepps: 2"), "set.training.stepps: no recipe of this study has"),
+        (TEXT + "  other:\n    recipe: digits-cca\n",
+         r"again and other differ in optimizer.learning_rate \(0.0002 and 2e-05\), which neither sets: set it for one"),
+        (change("recipe: digits-next-token\n    after", "recipe: nowhere\n    after"), "no recipe 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_variants_that_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=message):
+        carry(tmp_path, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_variants_may_differ_in_what_they_say(tmp_path: Path) -> None:
+    text = TEXT + "  other:\n    recipe: digits-cca\n    set: {optimizer: {learning_rate: 2.0e-5}}\n"
+    recipes = read(tmp_path, text, "set.training.steps=7").recipes("pair.yaml")
+    assert [recipe.optimizer.learning_rate for recipe in recipes["next_token"]] == [1e-4, 2e-4]
+    assert recipes["other"][0].optimizer.learning_rate == 2e-5
+    assert {recipe.training.steps for several in recipes.values() for recipe in several} == {7}
+
+
+def test_a_judge_that_rewards_is_refused(tmp_path: Path) -> None:
+    judge = embedded("digits", "perceptual")
+    text = change("[{name: digits}]", f"[{{name: digits, weights: '{judge}'}}]").replace(
+        "-next-token\n    a", "\n    a"
+    )
+    with pytest.raises(
+        VarpiError, match=r"variants.again is rewarded by the network that judges, digits \(reward.perc"
+    ):
+        carry(tmp_path, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_start_that_is_half_trained_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(read(tmp_path).recipes("pair.yaml")["again"][0].to_yaml())
+    with pytest.raises(VarpiError, match=f"start: {run} has not been trained to its end; continue it with"):
+        carry(tmp_path, TEXT, f"start.generator={run}")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(VarpiError, match="holds something that is not a study"):
+        carry(tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_number_of_samples_that_classes_do_not_divide(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    with pytest.raises(VarpiError, match="15 samples of 10 classes; it must be a multiple of 10"):
+        carry(tmp_path, TEXT, "protocol.samples=15")
+
+
+def test_the_shipped_studies_are_whole() -> None:
+    for name in ("digits",):
+        study, where = load_study(name)
+        assert study.recipes(where)
+        assert study.compare_with in study.variants
