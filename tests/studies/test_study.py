@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from varpi.errors import Stopped, VarpiError
 from varpi.runtime.sources import embedded
+from varpi.studies import shipped_studies
 from varpi.studies import study as module
 from varpi.studies.plan import Study, load_study
 from varpi.studies.study import carry_out_study
@@ -418,8 +419,17 @@ def test_a_number_of_samples_that_classes_do_not_divide(tmp_path: Path, stand_in
         carry(tmp_path, TEXT, "protocol.samples=15")
 
 
-def test_the_shipped_studies_are_whole() -> None:
-    for name in ("digits",):
-        study, where = load_study(name)
-        assert study.recipes(where)
-        assert study.compare_with in study.variants
+@pytest.mark.parametrize("name", shipped_studies())
+def test_a_shipped_study_is_whole(name: str) -> None:
+    study, where = load_study(name)
+    recipes = study.recipes(where)
+    assert recipes.keys() == {name for name, variant in study.variants.items() if variant.recipe}
+    assert study.compare_with in recipes
+
+
+def test_another_method_takes_the_place_of_the_whole_method(tmp_path: Path) -> None:
+    text = TEXT + "  other:\n    recipe: digits\n    set: {method.name: cca, method.beta: 0.5}\n"
+    (other,) = read(tmp_path, text, "set.training.save_every=1", "set.optimizer.learning_rate=3.0e-4").recipes("x")[
+        "other"
+    ]
+    assert (other.method.name, other.method.model_dump()["beta"], other.optimizer.learning_rate) == ("cca", 0.5, 3e-4)

@@ -132,7 +132,7 @@ class Variant(Section):
     recipe: str | None = None
     """Of the training: a shipped name or a file; none: nothing is trained."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the recipe, {key.path: value}."""
+    """Changes of the recipe, {key.path: value}; another `method.name` takes the place of the whole method."""
     tune: tuple[dict[str, Any], ...] = ()
     """Further changes to choose among on the validation split, one trial each."""
     after: str | None = None
@@ -257,27 +257,29 @@ class Study(Section):
         for name, variant in self.variants.items():
             if variant.recipe is None:
                 continue
-            values = load_recipe(variant.recipe).model_dump(mode="json")
-            for key, value in self.set.items():
-                if _has(values, key):
-                    _put(values, key, value)
-                    used.add(key)
-            data = self.data.model_dump()
-            values["data"].update(data)
-            values["seed"] = 0
-            for part in ("generator", "tokenizer"):
-                if values[part] is not None:
-                    values[part].update(source=getattr(self.start, part), architecture=None)
-            for key in OWN | {f"data.{key}" for key in data}:
-                for changes in (variant.set, *variant.tune):
-                    if key in changes:
-                        raise VarpiError(f"{where}: variants.{name} sets {key}, which the study says for all")
             found[name] = []
             for trial in variant.tune or [{}]:
-                changed = _copied(values)
-                for key, value in {**variant.set, **trial}.items():
-                    _put(changed, key, value)
-                found[name].append(parse_recipe(changed, f"{where}: variants.{name}"))
+                changes = {**variant.set, **trial}
+                for key in changes:
+                    if key in OWN or key in {f"data.{field}" for field in StudyData.model_fields}:
+                        raise VarpiError(f"{where}: variants.{name} sets {key}, which the study says for all")
+                values = load_recipe(variant.recipe).model_dump(mode="json")
+                what = f"{where}: variants.{name}"
+                if changes.get("method.name", values["method"]["name"]) != values["method"]["name"]:
+                    values["method"] = {"name": changes["method.name"]}  # nothing of the other method's settings
+                    values = parse_recipe(values, what).model_dump(mode="json")
+                for key, value in self.set.items():
+                    if _has(values, key):
+                        _put(values, key, value)
+                        used.add(key)
+                values["data"].update(self.data.model_dump())
+                values["seed"] = 0
+                for part in ("generator", "tokenizer"):
+                    if values[part] is not None:
+                        values[part].update(source=getattr(self.start, part), architecture=None)
+                for key, value in changes.items():
+                    _put(values, key, value)
+                found[name].append(parse_recipe(values, what))
         if missing := [key for key in self.set if key not in used]:
             raise VarpiError(f"{where}: set.{missing[0]}: no recipe of this study has that key")
         self._check_differences(found, where)
@@ -373,7 +375,3 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
             values[parent] = {}
         values = values[parent]
     values[last] = value
-
-
-def _copied(values: Any) -> Any:
-    return {key: _copied(value) for key, value in values.items()} if isinstance(values, dict) else values
