@@ -76,7 +76,7 @@ class Section(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=False), sort_keys=False)
 
 
-Checked = TypeVar("Checked", bound=Section)
+CheckedSection = TypeVar("CheckedSection", bound=Section)
 
 
 class GeneratorSection(Section):
@@ -362,7 +362,7 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     return parse_section(Recipe, values, where)
 
 
-def parse_section(kind: type[Checked], values: dict[str, Any], where: str) -> Checked:
+def parse_section(kind: type[CheckedSection], values: dict[str, Any], where: str) -> CheckedSection:
     """A checked section of this kind. Raises VarpiError with one line per mistake, each beginning with `where`."""
     try:
         check_extent(values)

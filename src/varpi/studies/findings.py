@@ -19,8 +19,8 @@ from varpi.studies.summary import paired_difference, summarize_seeds, winner
 from varpi.studies.tasks import TOKENS, Weights, decoded
 from varpi.weights import load_tokenizer
 
-FORMAT = 1
-SHOWN = 40
+_FORMAT = 1
+_SHOWN = 40
 """Samples of each row on the page."""
 COSTS = (
     Column("Images", "lower", "Seen in training, repeats counted, that of the weights it began with included."),
@@ -34,7 +34,7 @@ PLAIN, GUIDED = "without_guidance", "own_guidance"
 
 
 @dataclass
-class Row:
+class StudyRow:
     """One line of the tables."""
 
     name: str
@@ -70,11 +70,11 @@ class Findings:
     pair: Mapping[str, Any]
     judges: Mapping[str, Mapping[str, str]]
     references: Mapping[str, Mapping[str, Any]]
-    rows: Sequence[Row]
+    rows: Sequence[StudyRow]
     choices: Mapping[str, Sequence[Mapping[str, Any]]]
     device: str
 
-    def of_table(self, which: str) -> list[Row]:
+    def of_table(self, which: str) -> list[StudyRow]:
         """The rows of a table that have numbers. A variant that only samples with guidance stands in both."""
         rows = [row for row in self.rows if not row.diverged and not self._is_said_twice(row)]
         if which == PLAIN:
@@ -83,17 +83,17 @@ class Findings:
             return []
         return [row for row in rows if row.guided or (not row.trained and row.sampling["guidance_scale"] > 1)]
 
-    def _is_said_twice(self, row: Row) -> bool:
+    def _is_said_twice(self, row: StudyRow) -> bool:
         """The start has rows of its own unless a variant is just that."""
         others = (other for other in self.rows if not other.trained and other.name != START)
         return row.name == START and any(other.sampling == row.sampling for other in others)
 
     @property
-    def start(self) -> Row:
+    def start(self) -> StudyRow:
         return next(row for row in self.rows if row.name == START and not row.guided)
 
     @property
-    def compared(self) -> Row | None:
+    def compared(self) -> StudyRow | None:
         """The variant that others are compared with."""
         name = self.study.compare_with
         return next((row for row in self.rows if row.name == name and not row.guided and not row.diverged), None)
@@ -110,7 +110,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
     """Everything that the page says and what it rests on. Of two equal studies, only `seconds` differ."""
     study = findings.study
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "study": study.model_dump(mode="json"),
         "training_seeds": list(findings.seeds),
         "pair": dict(findings.pair),
@@ -127,7 +127,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
-def winners(rows: Sequence[Row], judge: str, metrics: Sequence[str]) -> dict[str, str]:
+def winners(rows: Sequence[StudyRow], judge: str, metrics: Sequence[str]) -> dict[str, str]:
     """By metric, the variant that is better than all others by more than the spread over seeds, where there is one."""
     found = {}
     for metric in metrics:
@@ -137,7 +137,7 @@ def winners(rows: Sequence[Row], judge: str, metrics: Sequence[str]) -> dict[str
     return found
 
 
-def differences(row: Row, other: Row) -> dict[str, dict[str, Any]]:
+def row_differences(row: StudyRow, other: StudyRow) -> dict[str, dict[str, Any]]:
     """By judge and metric, the paired difference of two rows."""
     return {
         judge: {
@@ -149,7 +149,7 @@ def differences(row: Row, other: Row) -> dict[str, dict[str, Any]]:
     }
 
 
-def _row_as_json(findings: Findings, row: Row) -> dict[str, Any]:
+def _row_as_json(findings: Findings, row: StudyRow) -> dict[str, Any]:
     about = {"name": row.name, "guided": row.guided, "label": row.label, "trained": row.trained}
     if row.diverged:
         return {**about, "diverged": row.diverged}
@@ -163,7 +163,9 @@ def _row_as_json(findings: Findings, row: Row) -> dict[str, Any]:
             for judge, metrics in row.values.items()
         },
         "differences": {
-            what: differences(row, other) for what, other in against.items() if other is not None and other is not row
+            what: row_differences(row, other)
+            for what, other in against.items()
+            if other is not None and other is not row
         },
         "cost": {**row.cost, "transformer_tokens_per_sample": row.passes},
         "weights": row.weights,
@@ -256,7 +258,7 @@ def _tables(findings: Findings, judge: str) -> list[ResultTable]:
             continue
         lines = []
         for row in rows:
-            found = differences(row, other)[judge]
+            found = row_differences(row, other)[judge]
             lines.append(
                 TableRow(row.label, {metric: _pair(one["mean"], one["spread"]) for metric, one in found.items()})
             )
@@ -265,7 +267,7 @@ def _tables(findings: Findings, judge: str) -> list[ResultTable]:
     return made
 
 
-def _shown(row: Row, judge: str) -> dict[str, Any]:
+def _shown(row: StudyRow, judge: str) -> dict[str, Any]:
     shown = {}
     for metric, values in row.values[judge].items():
         summary = summarize_seeds(values)
@@ -278,7 +280,7 @@ def _pair(mean: float, spread: float | None) -> list[float] | float:
     return mean if spread is None else [mean, spread]
 
 
-def _note(row: Row) -> str:
+def _note(row: StudyRow) -> str:
     """What a reader of the row has to know."""
     plain = RowSampling().model_dump()
     sampling = {name: value for name, value in row.sampling.items() if value != plain[name]}
@@ -286,7 +288,7 @@ def _note(row: Row) -> str:
     return "; ".join(filter(None, [row.note, ", ".join(_words({**row.changes, **sampling})), untrained]))
 
 
-def _notes(findings: Findings, rows: Sequence[Row], judge: str) -> list[tuple[str, Sequence[str]]]:
+def _notes(findings: Findings, rows: Sequence[StudyRow], judge: str) -> list[tuple[str, Sequence[str]]]:
     warnings = dict.fromkeys(line for row in rows for line in row.warnings.get(judge, ()))
     diverged = [f"{row.label}: {row.diverged}" for row in findings.rows if row.diverged and not row.guided]
     notes = [
@@ -296,7 +298,7 @@ def _notes(findings: Findings, rows: Sequence[Row], judge: str) -> list[tuple[st
     return [note for note in notes if note[1]]
 
 
-def _spreads(rows: Sequence[Row], judge: str) -> list[tuple[str, str]]:
+def _spreads(rows: Sequence[StudyRow], judge: str) -> list[tuple[str, str]]:
     """The spread over sampling seeds, apart from that over training seeds."""
     lines = []
     for row in rows:
@@ -311,7 +313,7 @@ def _spreads(rows: Sequence[Row], judge: str) -> list[tuple[str, str]]:
     return lines
 
 
-def _with_costs(of_metrics: ResultTable, rows: Sequence[Row]) -> ResultTable:
+def _with_costs(of_metrics: ResultTable, rows: Sequence[StudyRow]) -> ResultTable:
     """A table with the cost of each row beside it."""
     lines = []
     for line, row in zip(of_metrics.rows, rows, strict=True):
@@ -354,9 +356,9 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items()]
 
 
-def _grid(row: Row, output: Path) -> SampleGrid:
+def _grid(row: StudyRow, output: Path) -> SampleGrid:
     assert row.drawn is not None
     weights, job = row.drawn
     held = load_file(output / "jobs" / job / TOKENS)
-    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:SHOWN])
-    return SampleGrid(row.label, images, held["classes"][:SHOWN].tolist())
+    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:_SHOWN])
+    return SampleGrid(row.label, images, held["classes"][:_SHOWN].tolist())

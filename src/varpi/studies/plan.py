@@ -30,7 +30,7 @@ from varpi.recipe import (
 )
 from varpi.studies import shipped_studies
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 START = "start"
 """What the pair that a study begins with is called among its weights."""
 BEST = "best"
@@ -199,6 +199,10 @@ class Study(Section):
                 )
             if choice.metric not in self.protocol.metrics:
                 raise ValueError(f"validation.metric is {choice.metric}, which protocol.metrics does not list")
+        labels = [variant.label or name for name, variant in self.variants.items()]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"variants: two are labelled {label}; a reader could not tell them apart")
         trials = {len(variant.tune): name for name, variant in self.variants.items() if variant.tune}
         if len(trials) > 1:
             said = " and ".join(f"{name} {count}" for count, name in trials.items())
@@ -213,7 +217,7 @@ class Study(Section):
 
     def _check_variant(self, name: str, variant: Variant) -> None:
         where = f"variants.{name}"
-        if not NAME.fullmatch(name):
+        if not _NAME.fullmatch(name):
             raise ValueError(f"{where}: a variant's name is of small letters, digits, _ and -")
         if name == START:
             raise ValueError(f"{where}: {START} is what the start pair is called; take another name")

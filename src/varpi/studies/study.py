@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from varpi.errors import VarpiError
-from varpi.networks.loading import load_extractor
+from varpi.networks.loading import EXTRACTORS, load_extractor
 from varpi.recipe import Recipe
 from varpi.runtime.files import write_text
-from varpi.runtime.sources import EMBEDDED, embedded, find
+from varpi.runtime.sources import EMBEDDED, SUFFIXES, embedded, find
 from varpi.runtime.tensors import sha256_of
 from varpi.sampling.settings import Sampling
-from varpi.studies.findings import Findings, Row, write_findings
+from varpi.studies.findings import Findings, StudyRow, write_findings
 from varpi.studies.plan import BEST, FREE, LOWER_IS_BETTER, OWN, START, RowSampling, Study, Variant, flatten
 from varpi.studies.summary import UNTRAINED
 from varpi.studies.tasks import (
@@ -38,7 +38,7 @@ from varpi.studies.work import Job, Work, all_of
 from varpi.training.run_directory import is_finished, is_run
 from varpi.weights.pair import RUN_MODEL, recipe_of
 
-MARK = "study.yaml"
+_MARK = "study.yaml"
 """What lies in a folder of a study."""
 
 
@@ -68,7 +68,7 @@ def carry_out_study(
     recipes = study.recipes(where)
     start = _start(study)
     judges = {judge.name: _identity(judge) for judge in study.protocol.judges}
-    rewards = {name: reward_networks(several[0]) for name, several in recipes.items()}
+    rewards = {name: reward_networks(several) for name, several in recipes.items()}
     for name, networks in rewards.items():
         for judge, identity in judges.items():
             for network, sha256 in networks.items():
@@ -77,22 +77,32 @@ def carry_out_study(
                         f"{where}: variants.{name} is rewarded by the network that judges, {judge} ({network}): what "
                         "rewards must not measure; take another judge, or another reward"
                     )
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).is_file())):
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / _MARK).is_file())):
         raise VarpiError(f"{output} holds something that is not a study; choose another --output")
-    write_text(output / MARK, f"# Of the latest `{command}`\n{study.to_yaml()}")
+    write_text(output / _MARK, f"# Of the latest `{command}`\n{study.to_yaml()}")
     work = Work(output, jobs)
     bench = _Bench(study, recipes, start, judges, rewards, list(seeds or study.seeds), work, output, device)
     return write_findings(output, work.until(bench.look), command)
 
 
-def reward_networks(recipe: Recipe) -> dict[str, str]:
+def reward_networks(recipes: Sequence[Recipe]) -> dict[str, str]:
     """The networks that a method is rewarded by, {what it is called: sha256 of its weights}."""
     found = {}
-    for key, value in flatten(recipe.method.model_dump(mode="json")).items():
-        if key.endswith("perceptual") and value == "digits":
-            found[f"{key}: digits"] = sha256_of(embedded("digits", "perceptual"))
-        elif isinstance(value, str) and Path(value).expanduser().is_file():
-            found[f"{key}: {value}"] = sha256_of(Path(value).expanduser())
+    for recipe in recipes:
+        for key, value in flatten(recipe.method.model_dump(mode="json")).items():
+            what = f"{key}: {value}"
+            if not isinstance(value, str) or what in found:
+                continue
+            path = Path(value).expanduser()
+            if value == "digits" and key.endswith("perceptual"):  # the digits have one for each use
+                found[what] = sha256_of(embedded("digits", "perceptual"))
+            elif value in EXTRACTORS and not key.endswith("name"):
+                found[what] = load_extractor(value).identity["weights_sha256"]
+            elif path.is_file():
+                found[what] = sha256_of(path)
+            elif path.is_dir():
+                weights = (file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES)
+                found |= {f"{key}: {file}": sha256_of(file) for file in weights}
     return found
 
 
@@ -163,11 +173,11 @@ class _Bench:
             device=self.device,
         )
 
-    def _row(self, name: str | None, sampling: RowSampling, *, guided: bool) -> Row:
+    def _row(self, name: str | None, sampling: RowSampling, *, guided: bool) -> StudyRow:
         """A variant, or with None the start pair, sampled in one way and measured on the test split."""
         variant = self.study.variants[name] if name is not None else Variant(label="Start", note="the pair as it is")
         trained = self._is_trained(name)
-        row = Row(name or START, guided, variant.label or name or START, variant.note, trained)
+        row = StudyRow(name or START, guided, variant.label or name or START, variant.note, trained)
         try:
             row.sampling = self._sampling(name, sampling)
             if name is not None and variant.tune:

@@ -5,6 +5,7 @@ Each is a function of its folder and its arguments, runs in any process, and giv
 Shapes: n images of N tokens.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -25,6 +26,7 @@ from varpi.data.opening import open_batches
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.evaluation import evaluate_distribution, open_reference
+from varpi.evaluation.digits import AGREEMENT
 from varpi.evaluation.distribution import METRICS
 from varpi.evaluation.feature_store import FeatureStore
 from varpi.evaluation.reference import Reference
@@ -54,7 +56,6 @@ MEASURES = {
     "kernel_distance": "kid",
 }
 """What the distribution's metrics are called here, on every network alike, and in `evaluation.distribution`."""
-AGREEMENT = "class_agreement"
 TOKENS = "tokens.safetensors"
 
 
@@ -68,6 +69,7 @@ class Weights:
     tokenizer: str
     generator_sha256: str
     tokenizer_sha256: str
+    """Of the files that the start's come in; of what a study trained, of the tensors."""
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -119,8 +121,7 @@ def train_variant(folder: Path, recipe: Recipe, device: str) -> dict[str, Any]:
     rows = [row for row in read_metrics(run) if "loss" in row]
     training = recipe.training
     return {
-        "sha256": sha256_of(run / RUN_MODEL),
-        "part": _kind_of(run / RUN_MODEL),
+        **_identify(run / RUN_MODEL),
         "data": read_json(run / "data.json")["fingerprint"],
         "steps": len(rows),
         "images": len(rows) * training.batch_size // training.updates_per_batch,
@@ -229,10 +230,19 @@ def decoded(tokenizer: Any, tokens: Tensor) -> np.ndarray:
     return to_uint8(tokenizer.decode(tokens.long().to(device)))
 
 
-def _kind_of(model: Path) -> str:
-    """ "generator" or "tokenizer": what a run has trained."""
+def _identify(model: Path) -> dict[str, str]:
+    """What a run has trained, "generator" or "tokenizer", and the sha256 of its tensors.
+
+    Of the tensors alone: the file also holds the recipe, and that names the folder of the weights it began with.
+    """
+    digest = hashlib.sha256()
     with safe_open(model, framework="pt") as file:
-        return json.loads((file.metadata() or {})["varpi"])["kind"]
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        kind = json.loads((file.metadata() or {})["varpi"])["kind"]
+    return {"part": kind, "sha256": digest.hexdigest()}
 
 
 @lru_cache(maxsize=1)

@@ -47,7 +47,9 @@ def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
 
 
 _NAP = 0.5
-"""Seconds between two looks at a job that another process does."""
+"""Seconds between two looks at a job that another process does, or for a signal."""
+_LONG_NAP = 5.0
+"""The same for what other processes may have done meanwhile, for whoever has work of its own."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,12 @@ class Work:
                     if not under_way:
                         time.sleep(_NAP)
                         continue
-                    for future in wait(under_way, timeout=_NAP, return_when=FIRST_COMPLETED).done:
-                        job = under_way.pop(future)
-                        self._note(job, future, busy)
+                    again = now + _LONG_NAP
+                    while not (done := wait(under_way, timeout=_NAP, return_when=FIRST_COMPLETED).done):
+                        if stop.signal or time.monotonic() > again:
+                            break
+                    for future in done:
+                        self._note(under_way.pop(future), future, busy)
         except (VarpiError, BrokenProcessPool):
             if not stop.signal:
                 raise
