@@ -19,7 +19,7 @@ from varpi.errors import VarpiError
 from varpi.networks.loading import EXTRACTORS, load_extractor
 from varpi.recipe import Recipe
 from varpi.runtime.files import write_text
-from varpi.runtime.sources import EMBEDDED, SUFFIXES, embedded, find
+from varpi.runtime.sources import EMBEDDED, ENDINGS, embedded, find
 from varpi.runtime.tensors import sha256_of
 from varpi.sampling.settings import Sampling
 from varpi.studies.findings import Findings, StudyRow, write_findings
@@ -101,7 +101,7 @@ def reward_networks(recipes: Sequence[Recipe]) -> dict[str, str]:
             elif path.is_file():
                 found[what] = sha256_of(path)
             elif path.is_dir():
-                weights = (file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES)
+                weights = (file for file in sorted(path.iterdir()) if file.suffix in ENDINGS)
                 found |= {f"{key}: {file}": sha256_of(file) for file in weights}
     return found
 
