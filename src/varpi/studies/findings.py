@@ -206,7 +206,7 @@ def _paragraph(findings: Findings) -> str:
         study.paragraph.strip(),
         f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of "
         f"{len(protocol.sampling_seeds)} sampling seeds against {count} images of {study.data.source} "
-        f"({protocol.split}), by networks that reward none of the methods.",
+        f"({_short(protocol.split)}), by networks that reward none of the methods.",
     ]
     if choice is not None:
         trials = max((len(variant.tune) for variant in study.variants.values()), default=0)
@@ -214,13 +214,18 @@ def _paragraph(findings: Findings) -> str:
             variant.label or name for name, variant in study.variants.items() if variant.recipe and not variant.tune
         ]
         sentences.append(
-            f"What was chosen was chosen on {choice.split}, by {choice.samples} samples of seed "
+            f"What was chosen was chosen on {_short(choice.split)}, by {choice.samples} samples of seed "
             f"{choice.sampling_seed}, which no figure uses, of the runs of training seed {study.seeds[0]}"
             + (f"; {trials} trials for each method" if trials else "")
             + (f", none for {', '.join(untuned)}" if trials and untuned else "")
             + "."
         )
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _short(split: str) -> str:
+    """A split's name; of one put together from many parts, the first."""
+    return split if len(split) <= 40 else f"{split.partition('+')[0]} + …"
 
 
 def _reading(findings: Findings) -> str:

@@ -270,7 +270,10 @@ class Study(Section):
                 values = load_recipe(variant.recipe).model_dump(mode="json")
                 what = f"{where}: variants.{name}"
                 if changes.get("method.name", values["method"]["name"]) != values["method"]["name"]:
-                    values["method"] = {"name": changes["method.name"]}  # nothing of the other method's settings
+                    values["method"] = {}  # nothing of the other method's settings
+                    for key, value in changes.items():
+                        if key.startswith("method."):
+                            _put(values, key, value)
                     values = parse_recipe(values, what).model_dump(mode="json")
                 for key, value in self.set.items():
                     if _has(values, key):
