@@ -1,7 +1,7 @@
-"""A small convolutional classifier for images as small as the digits: its maps can reward, its embedding can evaluate.
+"""A small convolutional classifier for images of 32 pixels: its maps can reward, its embedding can evaluate.
 
 One class, two jobs that must never share weights: the reward's perceptual distance (perceptual.ConvPerceptual) and the
-judge (digits.load_judge).
+judges (judges.load_judge).
 B images, C channels of a map, D embedding width.
 """
 
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from varpi.runtime.files import write_aside
 from varpi.runtime.tensors import read_checkpoint, write_safetensors
 
 _NORM_GROUPS = 8
+_LAYERS = 3
+"""Of a stage that belong to one convolution."""
 
 
 class SmallConvNet(nn.Module):
@@ -28,16 +31,20 @@ class SmallConvNet(nn.Module):
     Args:
         channels: width of each stage, every one a multiple of 8; the last is the embedding width D.
         num_classes: outputs of the head.
+        residual: each stage adds what its second convolution gives to what its first one gave (arXiv 1512.03385).
     """
 
-    def __init__(self, channels: Sequence[int] = (16, 32, 64), num_classes: int = 10) -> None:
+    def __init__(
+        self, channels: Sequence[int] = (16, 32, 64), num_classes: int = 10, *, residual: bool = False
+    ) -> None:
         super().__init__()
         if not channels or any(width < 1 or width % _NORM_GROUPS for width in channels):
             raise VarpiError(f"SmallConvNet: channels are {tuple(channels)}; each must be a multiple of {_NORM_GROUPS}")
         self.channels = tuple(channels)
         self.num_classes = num_classes
+        self.residual = residual
         widths = (3, *self.channels)
-        self.stages = nn.ModuleList(_stage(a, b) for a, b in pairwise(widths))
+        self.stages: Any = nn.ModuleList(_stage(a, b) for a, b in pairwise(widths))
         self.downsample = nn.MaxPool2d(2)
         self.head = nn.Linear(self.channels[-1], num_classes)
 
@@ -46,7 +53,12 @@ class SmallConvNet(nn.Module):
         maps: list[Tensor] = []
         hidden = images
         for stage in self.stages:
-            hidden = stage(self.downsample(hidden) if maps else hidden)
+            hidden = self.downsample(hidden) if maps else hidden
+            if self.residual:
+                first = stage[:_LAYERS](hidden)
+                hidden = first + stage[_LAYERS:](first)
+            else:
+                hidden = stage(hidden)
             maps.append(hidden)
         return maps
 
@@ -77,7 +89,9 @@ def save_classifier(
     network: SmallConvNet, path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], extra: Mapping[str, str]
 ) -> None:
     """Write a classifier's full weights as safetensors with its configuration inside."""
-    config = {"channels": list(network.channels), "num_classes": network.num_classes}
+    config: dict[str, Any] = {"channels": list(network.channels), "num_classes": network.num_classes}
+    if network.residual:  # not written otherwise, so that files of plain networks stay as they were
+        config["residual"] = True
     description = {"format": 1, "kind": "classifier", "architecture": "small-conv-net", "config": config}
     metadata = {"format": "pt", **extra, "varpi": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}

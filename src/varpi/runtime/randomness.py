@@ -37,6 +37,8 @@ class Stream(IntEnum):
     """The teacher-forced samples that a report shows."""
     NEGATIVE_CLASS = 8
     """Training: the mismatched class of each image, for CCA."""
+    SHIFT = 9
+    """Training: by how many pixels an image is moved, for a classifier."""
     GENERATION = 0x5A3B
     """Free-running sampling."""
     SCENES = 0x5CE7
