@@ -104,7 +104,7 @@ def test_metrics_are_chosen_and_refused(samples: Path, tmp_path: Path, capsys: p
     assert run("evaluate", samples, *DIGITS, "--metrics", "fdi") == 2
     assert "'fdi'" in capsys.readouterr().err
     assert run("evaluate", samples / "samples.npz", *DIGITS, "--metrics", "fid,class_agreement") == 2
-    assert "tells which digits were asked for" in capsys.readouterr().err
+    assert "tells which classes of the judge were asked for" in capsys.readouterr().err
     assert run("evaluate", samples, "--device", "cpu") == 2
     assert "--reference is missing: an ADM .npz" in capsys.readouterr().err
     assert run("evaluate", tmp_path / "gone", *DIGITS) == 2
@@ -116,7 +116,7 @@ def test_the_fréchet_distance_is_the_function_of_the_features(samples: Path, tm
 
     from varpi.data import open_dataset
     from varpi.data.pixels import from_uint8
-    from varpi.networks.digits import embed, load_judge
+    from varpi.networks.judges import embed, load_judge
 
     judge, digits = load_judge(), open_dataset("digits", image_size=32, split="test")
     real = embed(judge, torch.stack([digits[i].image for i in range(len(digits))]))[0]
@@ -224,7 +224,10 @@ def test_a_page_of_a_comparison(samples: Path, tmp_path: Path, capsys: pytest.Ca
     ("more", "message"),
     [
         (["--features", "digits"], "image_size is 16; the embedded digits are 32x32"),
-        (["--features", "digits", "--reference", "images", "--metrics", "fid"], "the judge knows 32x32 digits"),
+        (
+            ["--features", "digits", "--reference", "images", "--metrics", "fid"],
+            "digits knows images of 32x32",
+        ),
         (["--features", "inception", "--weights", "gone.pth", "--reference", "images"], "gone.pth"),
         (["--features", "digits", "--reference", "gone"], "gone: no such file"),
         (["--features", "digits", "--reference", "images", "--metrics", "fdi"], "no metric 'fdi'"),

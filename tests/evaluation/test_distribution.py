@@ -14,7 +14,7 @@ from varpi.evaluation.distribution import METRICS, DistributionSettings, evaluat
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import differences, read_result, write_result
 from varpi.evaluation.statistics import frechet, moments
-from varpi.networks.digits import embed, load_judge
+from varpi.networks.judges import embed, load_judge
 from varpi.networks.loading import load_extractor
 from varpi.runtime import parts
 from varpi.runtime.processes import World
@@ -406,7 +406,7 @@ def test_the_judge_of_the_digits(tmp_path):
     found = result.metrics["precision"], result.metrics["recall"]
     assert found == pytest.approx(precision_recall(real[0], made[0]), abs=0.011)
     assert result.evaluator["extractor"]["name"] == "digits"
-    with pytest.raises(VarpiError, match="images of 4x4 pixels; the judge knows 32x32 digits"):
+    with pytest.raises(VarpiError, match="images of 4x4 pixels; the judge digits knows images of 32x32"):
         load_extractor("digits")(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 
 

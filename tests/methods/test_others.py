@@ -1,5 +1,6 @@
 """The plain methods: next-token training, the tokenizer, the classifiers; and what does not fit together is refused."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from varpi.data import Batches, open_dataset
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGenConfig
 from varpi.methods import Method, build_method
+from varpi.methods.classifier import shifted
 from varpi.networks.convnet import SmallConvNet, load_classifier
 from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
@@ -173,10 +175,10 @@ def test_vq_tokenizer_saves_what_loads(pair: Path, tmp_path: Path) -> None:
 # -- classifier
 
 
-def classifier_recipe(pair: Path, num_classes: int = 3) -> Recipe:
+def classifier_recipe(pair: Path, num_classes: int = 3, **more: Any) -> Recipe:
     return parse_recipe(
         {
-            "method": {"name": "classifier", "channels": [8, 16], "num_classes": num_classes},
+            "method": {"name": "classifier", "channels": [8, 16], "num_classes": num_classes, **more},
             "data": {"source": str(pair / "images"), "image_size": 16},
             "optimizer": {"learning_rate": 1e-2},
             "training": {"steps": 40, "batch_size": 8},
@@ -196,6 +198,34 @@ def test_classifier_learns(pair: Path, tmp_path: Path) -> None:
     images = batches(recipe).at(0).images
     with torch.no_grad():
         assert torch.equal(loaded.logits(images), method.model.logits(images))
+
+
+def test_images_are_shifted_and_their_edges_repeated() -> None:
+    image = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
+    moved = shifted(torch.stack([image, image]), torch.tensor([[1, 0], [0, -2]]))
+    assert moved.tolist() == [[[[1, 2, 3], [1, 2, 3]]], [[[3, 3, 3], [6, 6, 6]]]]
+
+
+def test_a_classifier_sees_every_image_at_its_own_place(pair: Path) -> None:
+    """Drawn by seed, step and position: halves of a batch are the whole; validation moves nothing."""
+    method: Any = build(classifier_recipe(pair, shift=3, residual=True))
+    batch = batches(classifier_recipe(pair)).at(0)
+    seen: list[torch.Tensor] = []
+    method.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    halves = [
+        dataclasses.replace(batch, images=batch.images[i], condition=batch.condition[i], positions=batch.positions[i])
+        for i in (slice(0, 4), slice(4, 8))
+    ]
+    for part, step in [(batch, 5), *((half, 5) for half in halves), (batch, 6)]:
+        method.loss(part, step)
+    method.validation_loss(batch)
+    whole, first, second, later, held_out = seen
+    assert torch.equal(whole, torch.cat([first, second]))
+    assert not torch.equal(whole, later)
+    assert torch.equal(held_out, batch.images)
+    draws = (uniforms(0, 5, batch.positions, (2,), stream=Stream.SHIFT) * 7).long() - 3
+    assert draws.unique().numel() > 3
+    assert torch.equal(whole, shifted(batch.images, draws))
 
 
 def test_classifier_refuses_more_classes_than_it_has(pair: Path) -> None:

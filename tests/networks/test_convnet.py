@@ -19,6 +19,14 @@ def test_shapes_and_consistency():
     assert network.logits(images).shape == (2, 5)
 
 
+def test_a_residual_stage_adds_its_second_convolution_to_its_first():
+    plain, residual = SmallConvNet((8, 16), num_classes=5), SmallConvNet((8, 16), num_classes=5, residual=True)
+    residual.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 16, 16)
+    first = plain.stages[0][:3](images)
+    torch.testing.assert_close(residual.maps(images)[0], first + plain.stages[0](images))
+
+
 def test_an_image_does_not_depend_on_its_batch_or_the_mode():
     network = SmallConvNet((8, 16), num_classes=5).train()
     images = torch.rand(3, 3, 16, 16) * 2 - 1

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torchvision import transforms
 
 from varpi.errors import VarpiError
-from varpi.networks.dinov2 import _resize_like_pillow
 from varpi.networks.loading import load_extractor
+from varpi.networks.resizing import resize_like_pillow
 
 
 def pictures(n: int = 3, size: int = 40, seed: int = 0) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_dinov2_resampling_of_positions_matters(dinov2):
 
 def test_pillows_resize_within_one():
     noise = torch.randint(0, 256, (1, 3, 100, 256), dtype=torch.uint8)
-    found = _resize_like_pillow(noise, 224)[0].permute(1, 2, 0).numpy()
+    found = resize_like_pillow(noise, 224)[0].permute(1, 2, 0).numpy()
     image = Image.fromarray(noise[0].permute(1, 2, 0).numpy())
     expected = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(float)
     assert np.abs(found - expected).max() <= 1

@@ -9,7 +9,7 @@ from varpi.data.pixels import from_uint8, to_uint8
 from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
 from varpi.networks.convnet import SmallConvNet, load_classifier, save_classifier
-from varpi.networks.digits import embed, load_judge
+from varpi.networks.judges import embed, load_judge
 from varpi.weights import embedded
 
 
@@ -99,9 +99,11 @@ def test_summarize_refuses_different_metrics():
 
 def test_classifier_round_trip(judge, tmp_path):
     path = tmp_path / "judge.safetensors"
+    judge.residual = True
     save_classifier(judge, path, judge.state_dict(), {"recipe": "none"})
     loaded = load_classifier(path)
     assert loaded.channels == (8, 16)
+    assert loaded.residual
     assert torch.equal(embed(loaded, (x := images()))[0], embed(judge, x)[0])
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())

@@ -9,7 +9,7 @@ import torch
 from varpi.data import open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
-from varpi.networks.digits import embed, load_judge
+from varpi.networks.judges import embed, load_judge
 from varpi.sampling.generate import generate
 from varpi.studies import demo as module
 from varpi.studies.demo import demo

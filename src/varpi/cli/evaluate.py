@@ -42,13 +42,16 @@ def add(commands: Any) -> None:
     add_device(parser)
 
     group = parser.add_argument_group("distribution and alignment")
-    group.add_argument("--features", default="inception", help="inception, dinov2 or digits (default: %(default)s)")
+    group.add_argument(
+        "--features", default="inception", help="inception, dinov2, efficientnet-lite0, digits or cifar10"
+    )
     group.add_argument("--weights", metavar="FILE", help="of the network (default: its cache, or a download)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     group.add_argument("--reference", help="an ADM .npz, images, or a dataset (for digits: its test split)")
     group.add_argument(
         "--reference-split", metavar="SPLIT", help="says that the reference is a dataset, and which part"
     )
+    group.add_argument("--reference-column", default="image", help="of a dataset's images (default: %(default)s)")
 
     group = parser.add_argument_group("distribution, what moves a number; the defaults are the ADM evaluator's")
     group.add_argument("--splits", type=int, default=10, help="of the Inception Score (default: %(default)s)")
@@ -117,10 +120,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> Any:
-    """Distances of a set of images to a reference; on the digits also what the judge sees."""
-    from varpi.evaluation.digits import AGREEMENT, class_agreement, digits_asked
+    """Distances of a set of images to a reference; with a judge of classes also what it sees."""
+    from varpi.evaluation.agreement import AGREEMENT, class_agreement, classes_asked
     from varpi.evaluation.distribution import DistributionSettings, check_distribution, evaluate_distribution
     from varpi.evaluation.reference import open_reference
+    from varpi.networks.judges import JUDGES
     from varpi.networks.loading import load_extractor
     from varpi.samples.reading import Announced, open_samples
 
@@ -132,8 +136,8 @@ def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> An
     )
     metrics = _metrics(options)
     wanted_metrics = None if metrics is None else [name for name in metrics if name != AGREEMENT]
-    if metrics is not None and AGREEMENT in metrics and options.features != "digits":
-        raise VarpiError(f"{AGREEMENT} is what the judge of digits sees; it needs --features digits")
+    if metrics is not None and AGREEMENT in metrics and options.features not in JUDGES:
+        raise VarpiError(f"{AGREEMENT} is what a judge of classes sees; it needs --features {' or '.join(JUDGES)}")
     if world.size > 1 and options.cache is None:
         raise VarpiError("--cache is missing: a directory that all processes see, for the features that each computes")
     source, wanted = _find_samples(options)
@@ -144,15 +148,22 @@ def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> An
     reference = options.reference or ("digits" if options.features == "digits" else None)
     if reference is None and wanted_metrics != ["is"]:
         raise VarpiError("--reference is missing: an ADM .npz, a folder of images, or a dataset with --reference-split")
-    asked = digits_asked(samples.sampling) if options.features == "digits" else None
-    if asked is None and metrics is not None and AGREEMENT in metrics:
-        raise VarpiError(f"{source}: no sample.json tells which digits were asked for; {AGREEMENT} needs them")
     opened = None
     if reference is not None:
-        opened = open_reference(reference, split=options.reference_split, image_size=samples.height)
+        opened = open_reference(
+            reference,
+            split=options.reference_split,
+            image_size=samples.height,
+            image_column=options.reference_column,
+        )
     extractor = load_extractor(
         options.features, weights=options.weights, device=world.device, precision=options.precision
     )
+    asked = classes_asked(samples.sampling, extractor) if options.features in JUDGES else None
+    if asked is None and metrics is not None and AGREEMENT in metrics:
+        raise VarpiError(
+            f"{source}: no sample.json tells which classes of the judge were asked for; {AGREEMENT} needs them"
+        )
     check_distribution(samples, opened, extractor=extractor, metrics=wanted_metrics, settings=settings)
     if wanted is not None:
         _make(wanted, source, world)
@@ -173,7 +184,7 @@ def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> An
     )
     if result is None or asked is None or (metrics is not None and AGREEMENT not in metrics):
         return result
-    agreement, by_class = class_agreement(samples, asked, options.batch_size)
+    agreement, by_class = class_agreement(samples, asked, extractor, options.batch_size)
     return dataclasses.replace(
         result,
         metrics={**result.metrics, AGREEMENT: agreement},

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--compare", nargs="+", metavar="NAME=RESULT", help="result files; the base first")
     parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=RUN", help="runs, for curves and costs")
-    parser.add_argument("--embeddings", metavar="FEATURES", help="inception, dinov2 or digits")
+    parser.add_argument("--embeddings", metavar="FEATURES", help="as --features of `varpi evaluate`")
     parser.add_argument("--weights", metavar="FILE", help="of that network")
     parser.add_argument("--output", help="the page to write, of a comparison")
     add_device(parser)

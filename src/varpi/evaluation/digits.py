@@ -5,18 +5,14 @@ Shapes: n images, D features of the judge.
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
-from varpi.data.digits import digit_in
 from varpi.errors import VarpiError
+from varpi.evaluation.agreement import AGREEMENT
 from varpi.evaluation.distances import Features, frechet_distance, precision_recall
 from varpi.networks.convnet import SmallConvNet
-from varpi.networks.digits import embed, load_judge
-from varpi.samples.reading import SampleSet
-
-AGREEMENT = "class_agreement"
+from varpi.networks.judges import embed
 
 
 def measure(
@@ -57,26 +53,3 @@ def summarize(measurements: Sequence[Mapping[str, float]]) -> dict[str, list[flo
         )
     columns = {name: [measurement[name] for measurement in measurements] for name in names}
     return {name: [statistics.fmean(values), statistics.stdev(values)] for name, values in columns.items()}
-
-
-def digits_asked(record: Mapping[str, Any] | None) -> list[int] | None:
-    """The digit that each sample was to show, by class or by the word in its prompt; None where that is not known.
-
-    record: of sample.json.
-    """
-    if record is None:
-        return None
-    if "classes" in record:
-        return record["classes"]
-    named = [digit_in(prompt) for prompt in record.get("prompts", [])]
-    return [digit for digit in named if digit is not None] if named and None not in named else None
-
-
-def class_agreement(samples: SampleSet, asked: Sequence[int], batch_size: int) -> tuple[float, dict[str, float]]:
-    """The share of samples in which the judge sees the digit asked for: of all, and by digit."""
-    judge = load_judge()
-    parts = [range(start, min(start + batch_size, samples.count)) for start in range(0, samples.count, batch_size)]
-    seen = torch.cat([embed(judge, batch.images.float() / 127.5 - 1)[1] for batch in samples.batches(parts)])
-    right = (seen == torch.tensor(asked)).double()
-    by_class = {str(digit): right[torch.tensor(asked) == digit].mean().item() for digit in sorted(set(asked))}
-    return right.mean().item(), by_class

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from varpi.networks.extractors import Network, Streams, autocast_of
 from varpi.networks.foreign import load_transformers
+from varpi.networks.resizing import resize_like_pillow
 
 DINOV2 = "facebook/dinov2-large"
 _SIDE = 224
@@ -30,7 +31,7 @@ def load_dinov2(weights: str | os.PathLike[str] | None, device: str, precision: 
     warnings = () if width == 1024 else (f"published FD-DINOv2 is of ViT-L/14, 1,024 features; these are {width:,}",)
 
     def forward(images: Tensor) -> Streams:
-        pixels = (_resize_like_pillow(images, _SIDE) / 255 - mean) / deviation
+        pixels = (resize_like_pillow(images, _SIDE) / 255 - mean) / deviation
         with autocast:
             return {"pool": network(pixel_values=pixels).last_hidden_state[:, 0]}
 
@@ -64,16 +65,3 @@ def _positions(embeddings: Tensor, side: int) -> Tensor:
     grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
     return torch.cat([first, grid.flatten(2).mT], dim=1)
-
-
-def _resize_like_pillow(images: Tensor, size: int) -> Tensor:
-    """Bicubic resize of uint8 (B,3,H,W) to whole values in [0, 255], within one of Pillow's: float32.
-
-    Pillow resizes the rows, rounds and clips, and then the columns likewise.
-    """
-    resized = images.float()
-    for shape in ((images.shape[2], size), (size, size)):
-        if resized.shape[2:] != shape:
-            resized = functional.interpolate(resized, shape, mode="bicubic", antialias=True, align_corners=False)
-            resized = resized.round().clamp(0, 255)
-    return resized

@@ -21,7 +21,7 @@ from varpi.data import open_dataset
 from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
 from varpi.networks.convnet import SmallConvNet
-from varpi.networks.digits import embed, load_judge
+from varpi.networks.judges import embed, load_judge
 from varpi.recipe import load_recipe
 from varpi.report import Page, TableRow, write_page
 from varpi.report.examples import decode_in_parts, draw_samples, reconstructions

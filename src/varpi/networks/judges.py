@@ -1,4 +1,4 @@
-"""The embedded digits' own networks: the one that rewards, and the judge, trained apart from it, that measures samples.
+"""The judges of the embedded pairs: classifiers that measure samples, and by which nothing was trained.
 
 Shapes: n images, B at once, D features.
 """
@@ -13,19 +13,16 @@ from varpi.data.pixels import from_uint8, to_uint8
 from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet, load_classifier
 from varpi.networks.extractors import Network, Streams, autocast_of
-from varpi.networks.perceptual import ConvPerceptual
 from varpi.runtime.sources import embedded
 from varpi.runtime.tensors import sha256_of
 
-
-def load_digits_perceptual(device: str = "cpu") -> ConvPerceptual:
-    """The perceptual distance that ships with the package; frozen."""
-    return ConvPerceptual(load_classifier(embedded("digits", "perceptual"))).to(device)
+JUDGES = ("digits", "cifar10")
+"""Of which embedded pairs there are judges. Each tells ten classes apart, numbered as those of its data."""
 
 
-def load_judge(device: str = "cpu") -> SmallConvNet:
-    """The judge that ships with the package; frozen, in eval mode."""
-    return load_classifier(embedded("digits", "judge"), device)
+def load_judge(name: str = "digits", device: str = "cpu") -> SmallConvNet:
+    """The judge of an embedded pair, of `JUDGES`; frozen, in eval mode."""
+    return load_classifier(embedded(name, "judge"), device)
 
 
 @torch.no_grad()
@@ -46,22 +43,25 @@ def embed(judge: SmallConvNet, images: Tensor, *, batch_size: int = 500) -> tupl
     return torch.cat(features), torch.cat(classes)
 
 
-def load_digits(weights: str | os.PathLike[str] | None, device: str, precision: str) -> Network:
-    path = embedded("digits", "judge") if weights is None else Path(weights)
-    judge = load_judge(device) if weights is None else load_classifier(path, device)
+def load_judge_extractor(name: str, weights: str | os.PathLike[str] | None, device: str, precision: str) -> Network:
+    """A judge as an extractor of the same name. weights: a classifier's file; none: the embedded one."""
+    path = embedded(name, "judge") if weights is None else Path(weights)
+    judge = load_classifier(path, device)
     autocast = autocast_of(device, precision)
 
     def forward(images: Tensor) -> Streams:
         if images.shape[2:] != (32, 32):
-            raise VarpiError(f"images of {images.shape[3]}x{images.shape[2]} pixels; the judge knows 32x32 digits")
+            raise VarpiError(
+                f"images of {images.shape[3]}x{images.shape[2]} pixels; the judge {name} knows images of 32x32"
+            )
         with autocast:
             pool = judge.embedding(images.float() / 127.5 - 1).float()
         return {"pool": pool, "logits": judge.head(pool)}
 
     return Network(
-        "digits",
+        name,
         {
-            "name": "digits",
+            "name": name,
             "weights_sha256": sha256_of(path),
             "precision": precision,
             "software": "varpi's SmallConvNet",
