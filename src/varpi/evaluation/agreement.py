@@ -22,14 +22,11 @@ def classes_asked(record: Mapping[str, Any] | None, judge: FeatureExtractor) -> 
     """
     if record is None:
         return None
-    if "classes" in record:
-        asked = record["classes"]
-    elif judge.name == "digits":
-        asked = [digit_in(prompt) for prompt in record.get("prompts", [])]
-    else:
-        return None
-    known = range(judge.streams["logits"])
-    return asked if asked and all(label in known for label in asked) else None
+    asked: Sequence[int | None] = record.get("classes", ())
+    if not asked and judge.name == "digits":
+        asked = [digit_in(prompt) for prompt in record.get("prompts", ())]
+    own = [label for label in asked if label in range(judge.streams["logits"])]
+    return own if own and len(own) == len(asked) else None
 
 
 def class_agreement(
