@@ -25,7 +25,7 @@ def classes_asked(record: Mapping[str, Any] | None, judge: FeatureExtractor) -> 
     asked: Sequence[int | None] = record.get("classes", ())
     if not asked and judge.name == "digits":
         asked = [digit_in(prompt) for prompt in record.get("prompts", ())]
-    own = [label for label in asked if label in range(judge.streams["logits"])]
+    own = [label for label in asked if label is not None and 0 <= label < judge.streams["logits"]]
     return own if own and len(own) == len(asked) else None
 
 
