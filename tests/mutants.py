@@ -804,6 +804,56 @@ MUTANTS = [
         "total, images = total + loss, images + 1",
         "training/test_trouble.py -k weighs",
     ),
+    # -- studies
+    Mutant(
+        "the spread over training seeds is the biased one",
+        "studies/summary.py",
+        "statistics.stdev(by_training)",
+        "statistics.pstdev(by_training)",
+        "studies/test_summary.py",
+    ),
+    Mutant(
+        "differences are not of one training seed",
+        "studies/summary.py",
+        "_of(other, seed), strict",
+        "_of(other, [*other][0]), strict",
+        "studies/test_summary.py",
+    ),
+    Mutant(
+        "a lead within the spread wins",
+        "studies/summary.py",
+        'abs(one["mean"]) > one["spread"]',
+        'abs(one["mean"]) > 0',
+        "studies/test_summary.py",
+    ),
+    Mutant(
+        "settings are chosen on the test split",
+        "studies/study.py",
+        'weights, choice.split)["metrics"]',
+        'weights, self.study.protocol.split)["metrics"]',
+        "studies/test_study.py -k chosen_is_chosen",
+    ),
+    Mutant(
+        "what a variant begins with costs nothing",
+        "studies/study.py",
+        "value + before.get(key, 0)",
+        "value",
+        "studies/test_study.py -k costs_and_begins",
+    ),
+    Mutant(
+        "the result of another study is taken",
+        "studies/work.py",
+        "difference(before, now) or difference(now, before)",
+        "None",
+        "studies/test_study.py -k done_once",
+    ),
+    Mutant(
+        "variants may differ in what they do not say",
+        "studies/plan.py",
+        "if flat[name][key] != flat[first][key]:",
+        "if False:",
+        "studies/test_study.py -k variants_that_are_refused",
+    ),
 ]
 
 

@@ -298,7 +298,8 @@ def test_a_signal_ends_the_pool_and_says_how_to_go_on(tmp_path: Path) -> None:
 @pytest.mark.slow  # half a minute of processor time
 @pytest.mark.timeout(900)
 def test_a_study_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
-    """Really trained, sampled and measured: at once, and in pieces by two killed processes and a third."""
+    """Really trained, sampled and measured: at once, and in pieces by a process that is killed, one that is told to
+    stop, and a third."""
     text = SHORT
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     for folder in (whole, pieces):
@@ -306,12 +307,13 @@ def test_a_study_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     expected = carry(whole, text)
     study = read(pieces, text)
     command = [sys.executable, "-m", "varpi", "study", str(pieces / "pair.yaml"), "--output", str(pieces / "out")]
-    for jobs, results in ((1, 3), (2, 9)):
-        with subprocess.Popen(
-            [*command, "--jobs", str(jobs)], stderr=subprocess.DEVNULL, start_new_session=True
-        ) as one:
+    for jobs, results, blow in (("1", 3, signal.SIGKILL), ("2", 9, signal.SIGTERM)):
+        with subprocess.Popen([*command, "--jobs", jobs], stderr=subprocess.PIPE, text=True) as one:
             until(lambda least=results: len([*(pieces / "out").rglob("result.json")]) >= least, one)
-            os.killpg(one.pid, signal.SIGKILL)
+            one.send_signal(blow)
+            said = one.communicate()[1].splitlines()[-1]
+    assert one.returncode == 143
+    assert said == f"varpi study: stopped; what is done is in {pieces / 'out'}, and the same command goes on"
     assert not (pieces / "out" / "study.json").exists()
     found = carry(pieces, text)
     assert found == expected

@@ -40,3 +40,4 @@ def test_a_winner_beats_every_other_by_more_than_the_spread() -> None:
     assert winner({"a": TRAINED, "same": dict(TRAINED), "b": OTHER}, lower_is_better=True) == "a"
     assert winner({"a": {"0": [1.0]}, "b": {"0": [9.0]}}, lower_is_better=True) is None  # no spread
     assert winner({"a": TRAINED}, lower_is_better=True) is None
+    assert winner({"a": TRAINED, "same": dict(TRAINED)}, lower_is_better=True) is None

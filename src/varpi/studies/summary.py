@@ -50,13 +50,9 @@ def winner(rows: Mapping[str, Values], *, lower_is_better: bool) -> str | None:
         name: statistics.fmean(statistics.fmean(several) for several in row.values()) for name, row in rows.items()
     }
     best = (min if lower_is_better else max)(means, key=lambda name: means[name])
-    for row in rows.values():
-        if row == rows[best]:
-            continue
-        difference = paired_difference(rows[best], row)
-        if difference["spread"] is None or abs(difference["mean"]) <= difference["spread"]:
-            return None
-    return best if len(rows) > 1 else None
+    found = [paired_difference(rows[best], row) for row in rows.values() if row != rows[best]]
+    clear = all(one["spread"] is not None and abs(one["mean"]) > one["spread"] for one in found)
+    return best if found and clear else None
 
 
 def _of(values: Values, seed: str) -> Sequence[float]:
