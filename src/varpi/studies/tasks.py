@@ -26,12 +26,13 @@ from varpi.data.opening import open_batches
 from varpi.data.pixels import to_uint8
 from varpi.errors import VarpiError
 from varpi.evaluation import evaluate_distribution, open_reference
-from varpi.evaluation.digits import AGREEMENT
+from varpi.evaluation.agreement import AGREEMENT
 from varpi.evaluation.distribution import METRICS
 from varpi.evaluation.feature_store import FeatureStore
 from varpi.evaluation.reference import Reference
 from varpi.methods import build_method
 from varpi.networks.extractors import Network
+from varpi.networks.judges import JUDGES
 from varpi.networks.loading import load_extractor
 from varpi.recipe import Recipe
 from varpi.runtime.files import read_json, write_aside
@@ -190,7 +191,7 @@ def measure_tokens(
         warnings = list(result.warnings)
     store = FeatureStore.of(cache, samples, extractor)
     classes = samples.classes
-    if AGREEMENT in metrics and extractor.streams.get("logits") == int(classes.max()) + 1:
+    if AGREEMENT in metrics and judge.name in JUDGES and extractor.streams["logits"] == int(classes.max()) + 1:
         store.extract(extractor, batch_size=batch_size, workers=0, share=(0, 1), progress=False)
         seen = torch.from_numpy(store.vectors("logits")).argmax(dim=1)
         numbers[AGREEMENT] = (seen == classes).double().mean().item()
