@@ -228,6 +228,16 @@ def test_a_classifier_sees_every_image_at_its_own_place(pair: Path) -> None:
     assert torch.equal(whole, shifted(batch.images, draws))
 
 
+def test_batch_normalization_takes_whole_batches(pair: Path) -> None:
+    method: Any = build(classifier_recipe(pair, norm="batch"))
+    method.loss(batches(classifier_recipe(pair)).at(0), 0)
+    assert method.model.state_dict()["stages.0.1.running_mean"].abs().sum() > 0
+    values = classifier_recipe(pair, norm="batch").model_dump(mode="json")
+    values["training"]["micro_batch"] = 4
+    with pytest.raises(VarpiError, match=r"training\.micro_batch is 4; leave it out with method\.norm batch"):
+        parse_recipe(values)
+
+
 def test_classifier_refuses_more_classes_than_it_has(pair: Path) -> None:
     with pytest.raises(VarpiError, match=r"method\.num_classes is 2, but the data has 3"):
         build(classifier_recipe(pair, num_classes=2))

@@ -109,6 +109,16 @@ def test_classifier_round_trip(judge, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_batch_normalization_keeps_its_statistics(tmp_path):
+    network, x = SmallConvNet((8, 16), num_classes=10, norm="batch"), images()
+    fresh = network.eval().logits(x)
+    network.train().logits(x)
+    save_classifier(network, tmp_path / "batch.safetensors", network.state_dict(), {})
+    loaded = load_classifier(tmp_path / "batch.safetensors")
+    assert torch.equal(loaded.logits(x), network.eval().logits(x))
+    assert not torch.allclose(loaded.logits(x), fresh)
+
+
 def test_load_classifier_refuses_other_files(tmp_path):
     with pytest.raises(VarpiError, match=r"missing\.safetensors"):
         load_classifier(tmp_path / "missing.safetensors")

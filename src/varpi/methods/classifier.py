@@ -4,12 +4,13 @@ Shapes: B images of H x W pixels.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.distributed import get_world_size, is_initialized
 
 from varpi.data import Batch
 from varpi.errors import VarpiError
@@ -28,9 +29,16 @@ class Settings(MethodSection):
     """Width of each stage; the resolution halves between stages."""
     residual: bool = False
     """Each stage adds what its second convolution gives to what its first one gave."""
+    norm: Literal["group", "batch"] = "group"
+    """Batch normalization takes its statistics from the whole batch: one process, and no micro_batch."""
     shift: Annotated[Int, Field(ge=0, le=2**10)] = 0
     """Every training image is moved by up to so many pixels, down or up and sideways; its edge fills what opens."""
     num_classes: Annotated[Int, Field(ge=2, le=2**20)] = 10
+
+    def check(self, recipe: Recipe) -> None:
+        micro_batch = recipe.training.micro_batch
+        if self.norm == "batch" and micro_batch is not None:
+            raise ValueError(f"training.micro_batch is {micro_batch}; leave it out with method.norm batch")
 
 
 class Classifier:
@@ -85,7 +93,11 @@ def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> Classif
     if num_classes is None or num_classes > settings.num_classes:
         found = "captions" if num_classes is None else num_classes
         raise VarpiError(f"method.num_classes is {settings.num_classes}, but the data has {found}")
-    network = SmallConvNet(settings.channels, settings.num_classes, residual=settings.residual).to(device)
+    if settings.norm == "batch" and is_initialized() and get_world_size() > 1:
+        raise VarpiError("method.norm is batch, which takes one process; start it without torchrun")
+    network = SmallConvNet(settings.channels, settings.num_classes, residual=settings.residual, norm=settings.norm).to(
+        device
+    )
     return Classifier(
         network, shift=settings.shift, seed=recipe.seed, precision=recipe.training.precision, device=device
     )

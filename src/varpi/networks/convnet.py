@@ -25,17 +25,23 @@ _LAYERS = 3
 class SmallConvNet(nn.Module):
     """Stages of two 3x3 convolutions, halving the resolution between stages; a linear head on the pooled last map.
 
-    Group normalization rather than batch normalization: an image's maps then depend on that image alone,
-    in training and in evaluation.
+    With group normalization an image's maps depend on that image alone, in training and in evaluation. Batch
+    normalization learns photographs several times as fast.
 
     Args:
         channels: width of each stage, every one a multiple of 8; the last is the embedding width D.
         num_classes: outputs of the head.
         residual: each stage adds what its second convolution gives to what its first one gave (arXiv 1512.03385).
+        norm: "group" or "batch".
     """
 
     def __init__(
-        self, channels: Sequence[int] = (16, 32, 64), num_classes: int = 10, *, residual: bool = False
+        self,
+        channels: Sequence[int] = (16, 32, 64),
+        num_classes: int = 10,
+        *,
+        residual: bool = False,
+        norm: str = "group",
     ) -> None:
         super().__init__()
         if not channels or any(width < 1 or width % _NORM_GROUPS for width in channels):
@@ -43,8 +49,9 @@ class SmallConvNet(nn.Module):
         self.channels = tuple(channels)
         self.num_classes = num_classes
         self.residual = residual
+        self.norm = norm
         widths = (3, *self.channels)
-        self.stages: Any = nn.ModuleList(_stage(a, b) for a, b in pairwise(widths))
+        self.stages: Any = nn.ModuleList(_stage(a, b, norm) for a, b in pairwise(widths))
         self.downsample = nn.MaxPool2d(2)
         self.head = nn.Linear(self.channels[-1], num_classes)
 
@@ -74,12 +81,12 @@ class SmallConvNet(nn.Module):
         return self.logits(images)
 
 
-def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
+def _stage(channels_in: int, channels_out: int, norm: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in (channels_in, channels_out):
         layers += [
             nn.Conv2d(width, channels_out, 3, padding=1, bias=False),
-            nn.GroupNorm(_NORM_GROUPS, channels_out),
+            nn.BatchNorm2d(channels_out) if norm == "batch" else nn.GroupNorm(_NORM_GROUPS, channels_out),
             nn.ReLU(),
         ]
     return nn.Sequential(*layers)
@@ -92,6 +99,8 @@ def save_classifier(
     config: dict[str, Any] = {"channels": list(network.channels), "num_classes": network.num_classes}
     if network.residual:  # not written otherwise, so that files of plain networks stay as they were
         config["residual"] = True
+    if network.norm != "group":
+        config["norm"] = network.norm
     description = {"format": 1, "kind": "classifier", "architecture": "small-conv-net", "config": config}
     metadata = {"format": "pt", **extra, "varpi": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
