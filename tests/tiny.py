@@ -87,11 +87,17 @@ def make(folder: Path) -> Path:
     }
     va_pi = {"name": "va_pi", "group_size": 4, "context_noise": 0.2, "reward": {"perceptual_weight": 0}}
     ste = {"name": "ste", "reward": {"perceptual_weight": 0}}
-    decoder = {"name": "tokenizer_decoder", "distances": {"perceptual_weight": 0}}
+    decoder = {"name": "tokenizer_decoder", "reward": {"perceptual_weight": 0}}
+    grpo = {"name": "ar_grpo", "group_size": 4, "rewards": {"function": {"path": "tiny:brightness"}}}
     plain = {name: {"name": name} for name in ("next_token", "cca", "gft")}
-    for name, method in {"va_pi": va_pi, "ste": ste, "tokenizer_decoder": decoder, **plain}.items():
+    for name, method in {"va_pi": va_pi, "ste": ste, "tokenizer_decoder": decoder, "ar_grpo": grpo, **plain}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"method": method, **common}))
     return folder
+
+
+def brightness(images: torch.Tensor, asked: torch.Tensor | list[str]) -> torch.Tensor:
+    """A reward: the mean of images uint8 (B,3,H,W), in [0,1]."""
+    return images.float().mean(dim=(1, 2, 3)) / 255
 
 
 def recipe(folder: Path, *settings: str, method: str = "va_pi") -> Recipe:

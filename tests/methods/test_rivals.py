@@ -22,7 +22,7 @@ from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_generator
 
-RIVALS = ("cca", "gft", "ste")
+RIVALS = ("ar_grpo", "cca", "gft", "ste")
 
 
 def batch_of(recipe: Recipe, number: int = 0) -> Batch:

@@ -72,3 +72,11 @@ def test_a_stream_has_no_indices(pair: Path) -> None:
         tiny.recipe(pair, "method.token_cache=c", "data.stream=true", method="next_token")
     with pytest.raises(VarpiError, match=r"data: flip needs data that can be looked up"):
         tiny.recipe(pair, "data.flip=true", "data.stream=true", method="next_token")
+
+
+def test_micro_batches_find_their_own_tokens(pair: Path, tmp_path: Path) -> None:
+    logs = []
+    for settings in (("training.micro_batch=3",), (f"method.token_cache={tmp_path}", "training.micro_batch=3")):
+        recipe = tiny.recipe(pair, "training.steps=2", *settings, method="next_token")
+        logs.append([row["loss"] for row in numbers(quiet(recipe, tmp_path / f"run{len(logs)}"))])
+    assert logs[0] == logs[1]

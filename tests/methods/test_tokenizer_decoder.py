@@ -44,7 +44,7 @@ def batch_of(recipe: Recipe, number: int = 0) -> Batch:
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_the_loss_and_its_gradient_by_a_plain_graph(pair: Path, noise: float) -> None:
     """Samples of the frozen generator in the (noisy) true context, decoded, against their images."""
-    asked = recipe(pair, f"method.context_noise={noise}", "method.distances.l1_weight=0.5", "generator.dropout=0.5")
+    asked = recipe(pair, f"method.context_noise={noise}", "method.reward.l1_weight=0.5", "generator.dropout=0.5")
     method, batch = build(asked), batch_of(asked, 3)
     tokenizer = load_tokenizer(pair / "tokenizer.safetensors")
     generator = load_generator(pair / "generator.safetensors")
@@ -71,8 +71,8 @@ def test_the_loss_and_its_gradient_by_a_plain_graph(pair: Path, noise: float) ->
 
 
 def test_the_perceptual_distance_counts(pair: Path) -> None:
-    settings = ("method.distances.perceptual=digits", "method.distances.perceptual_weight=2")
-    asked = recipe(pair, "method.distances.mse_weight=0", *settings)
+    settings = ("method.reward.perceptual=digits", "method.reward.perceptual_weight=2")
+    asked = recipe(pair, "method.reward.mse_weight=0", *settings)
     outcome = build(asked).loss(batch_of(asked), 0)
     assert set(outcome.metrics) == {"perceptual"}
     assert outcome.metrics["perceptual"] > 0
@@ -136,7 +136,7 @@ def test_conditions_are_the_frozen_generators(pair: Path) -> None:
     [
         (("lora.rank=2",), "lora adapts generators; method tokenizer_decoder leaves the generator as it is"),
         (("training.gradient_checkpointing=true",), "training.gradient_checkpointing is for generators"),
-        (("method.distances.mse_weight=0",), "method.distances: every weight is 0"),
+        (("method.reward.mse_weight=0",), "method.reward: every weight is 0"),
     ],
 )
 def test_contradictions_are_refused(pair: Path, settings: tuple[str, ...], message: str) -> None:

@@ -250,3 +250,11 @@ def test_progress_goes_to_stderr(generator: LlamaGen, capsys: pytest.CaptureFixt
     assert captured.out == ""
     generate(generator, CLASSES, seed=0)
     assert capsys.readouterr().err == ""
+
+
+def test_draws_in_place_of_a_seed(generator: LlamaGen) -> None:
+    draws = uniforms(3, 0, range(7), (16,), stream=Stream.GENERATION)
+    expected = generate(generator, CLASSES, seed=3)
+    assert torch.equal(generate_with(generator, CLASSES, Sampling(), draws=draws, batch_size=3), expected)
+    with pytest.raises(VarpiError, match=r"draws have shape \(6, 16\); \(7, 16\) is needed"):
+        generate_with(generator, CLASSES, Sampling(), draws=draws[1:])

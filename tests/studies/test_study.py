@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from varpi.errors import Stopped, VarpiError
+from varpi.recipe import load_recipe
 from varpi.runtime.sources import embedded
+from varpi.runtime.tensors import sha256_of
 from varpi.studies import shipped_studies
 from varpi.studies import study as module
 from varpi.studies.plan import Study, load_study
-from varpi.studies.study import carry_out_study
+from varpi.studies.study import carry_out_study, reward_networks
 from varpi.studies.tasks import TOKENS
 from varpi.studies.work import Job, Work, all_of, carry_out
 from varpi.training.run_directory import RunLock
@@ -398,6 +400,11 @@ def test_variants_may_differ_in_what_they_say(tmp_path: Path) -> None:
     assert [recipe.optimizer.learning_rate for recipe in recipes["next_token"]] == [1e-4, 2e-4]
     assert recipes["other"][0].optimizer.learning_rate == 2e-5
     assert {recipe.training.steps for several in recipes.values() for recipe in several} == {7}
+
+
+def test_the_classifier_that_rewards_is_not_the_judge() -> None:
+    found = reward_networks([load_recipe("digits-ar-grpo")])
+    assert found == {"rewards.classifier.weights: digits": sha256_of(embedded("digits", "perceptual"))}
 
 
 def test_a_judge_that_rewards_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,22 @@ def test_two_processes_give_the_losses_of_one(one: Path, two: Path) -> None:
     }
 
 
+def test_two_processes_roll_out_as_one(pair: Path, tmp_path: Path) -> None:
+    """Sharded generators decode with their caches, and are trained on what they made."""
+    settings = ["generator.dropout=0", "training.micro_batch=2", "training.steps=2", "optimizer.eps=1e-3"]
+    one = quiet(tiny.recipe(pair, *settings, method="ar_grpo"), tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "varpi"]
+    command += ["train", str(pair / "ar_grpo.yaml"), "--output", str(tmp_path / "two"), "--device", "cpu"]
+    for setting in settings:
+        command += ["--set", setting]
+    paths = os.pathsep.join([os.path.dirname(tiny.__file__), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    for row, other in zip(numbers(tmp_path / "two"), numbers(one), strict=True):
+        for name in ("loss", "reward_mean", "reward_std", "kl", "entropy"):
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (row["step"], name)
+
+
 def test_one_process_continues_what_two_began(pair: Path, one: Path, two: Path, tmp_path: Path) -> None:
     run = shutil.copytree(two, tmp_path / "run")
     quiet(tiny.recipe(pair, *SETTINGS), run, resume=True)

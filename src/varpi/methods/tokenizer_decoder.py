@@ -37,8 +37,8 @@ class Settings(MethodSection):
 
     context_noise: Share = 0.0
     """ξ, probability that a context token is replaced (Eq. 28)."""
-    distances: Distances = Distances()
-    """The loss: what is measured between the decoded sample and its image."""
+    reward: Distances = Distances()
+    """What is measured between the decoded sample and its image; the loss is minus this reward."""
 
     def check(self, recipe: Recipe) -> None:
         if recipe.lora is not None:
@@ -75,7 +75,7 @@ class TokenizerDecoder(GeneratorMethod):
     def loss(self, batch: Batch, step: int, rollout: None = None) -> Outcome:
         """The distances between B images and one decoded sample of each."""
         distances = self._distances(batch, step)
-        weights = self.settings.distances
+        weights = self.settings.reward
         loss = torch.stack([getattr(weights, f"{name}_weight") * value for name, value in distances.items()]).sum()
         return Outcome(loss, {name: value.detach() for name, value in distances.items()})
 
@@ -102,7 +102,7 @@ class TokenizerDecoder(GeneratorMethod):
 
     def _distances(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalars by name, means over the images; only those of positive weight."""
-        samples, weights, found = self.sample(batch, step), self.settings.distances, {}
+        samples, weights, found = self.sample(batch, step), self.settings.reward, {}
         with self.stages("decode"), autocast(self.device, self.precision):
             images = self.model.decode(samples)
         if weights.mse_weight > 0:
@@ -120,5 +120,5 @@ class TokenizerDecoder(GeneratorMethod):
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> TokenizerDecoder:
     settings = recipe.method
     assert isinstance(settings, Settings)
-    perceptual = load_reward_network(settings.distances, device)
+    perceptual = load_reward_network(settings.reward, device)
     return TokenizerDecoder(**parts(recipe, num_classes, device), perceptual=perceptual)

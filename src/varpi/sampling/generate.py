@@ -61,6 +61,7 @@ def generate_with(
     sampling: Sampling,
     *,
     first: int = 0,
+    draws: Tensor | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -69,6 +70,7 @@ def generate_with(
     condition: int64 (B,) class ids, or what else the generator understands.
     first: number of the first image, so that a large set can be made in parts: image i depends on the seed and
         `first` + i, whatever the batch size.
+    draws: float32 (B,N) in [0,1), the numbers that choose the tokens, in place of a seed's.
     batch_size: images in flight at once, which bounds the memory; by default `IN_FLIGHT`.
     progress: show a bar on stderr.
 
@@ -81,21 +83,28 @@ def generate_with(
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
     condition = generator.prepare_condition(condition)
     count = len(condition)
-    if sampling.seed is None:
+    if draws is not None and draws.shape != (count, generator.num_tokens):
+        raise VarpiError(f"draws have shape {tuple(draws.shape)}; ({count}, {generator.num_tokens}) is needed")
+    if draws is None and sampling.seed is None:
         sampling = replace(sampling, seed=int(torch.randint(2**63 - 1, ())))
-    assert sampling.seed is not None
     tokens: list[Tensor] = []
     was_training = generator.training
+    # Given draws, it is a rollout of training, whose buffers (FSDP's) must stay fit for a backward pass.
+    no_gradient = torch.inference_mode() if draws is None else torch.no_grad()
     generator.eval()
     try:
-        with torch.inference_mode(), Progress(console=Console(stderr=True), disable=not progress) as bar:
+        with no_gradient, Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("generating", total=count * generator.num_tokens)
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
                 size, number = len(part), first + start
-                numbers = range(number, number + size)
-                draws = uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
-                tokens.append(_decode(generator, part, sampling, draws, lambda n=size: bar.advance(task, n)))
+                if draws is None:
+                    assert sampling.seed is not None
+                    numbers = range(number, number + size)
+                    chosen = uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
+                else:
+                    chosen = draws[start : start + size]
+                tokens.append(_decode(generator, part, sampling, chosen, lambda n=size: bar.advance(task, n)))
     finally:
         generator.train(was_training)
     return torch.cat(tokens)  # outside inference mode, so that a training step may use the tokens

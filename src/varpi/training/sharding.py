@@ -27,7 +27,7 @@ def shard(model: nn.Module, world: World) -> None:
         for block in model.blocks:
             fully_shard(block, **settings)
     fully_shard(model, **settings)
-    for name in ("logits", "encode", "decode"):
+    for name in ("logits", "prefill", "decode_step", "encode", "decode"):
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
 

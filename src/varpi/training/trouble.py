@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from varpi.errors import VarpiError
+from varpi.methods.image_rewards import RewardFailed
 from varpi.runtime.files import line
 from varpi.training.logging import Metrics
 from varpi.training.state import Progress, newest_kept
@@ -19,9 +20,11 @@ _LOST = ("connection closed by peer", "connection reset by peer", "nccl error", 
 
 @contextmanager
 def explained(run: Path, progress: Progress) -> Iterator[None]:
-    """Make a VarpiError of what is raised when memory is short, a number overflows, or a process is gone."""
+    """Say in one VarpiError what to do when memory is short, a number overflows, or a process or a reward fails."""
     try:
         yield
+    except RewardFailed as error:
+        raise VarpiError(f"after step {progress.step}: {error}; {newest_kept(run)}") from error
     except FloatingPointError as error:
         raise VarpiError(f"{error}; {newest_kept(run)}") from error
     except (MemoryError, OverflowError, RuntimeError) as error:
