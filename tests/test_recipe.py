@@ -169,15 +169,15 @@ def test_unknown_key_names_the_nearest(change: dict[str, Any], line: str) -> Non
         ({"seed": -1}, "my.yaml: seed is -1; it must be greater than or equal to 0"),
         (
             {"method__name": "ppo"},
-            "my.yaml: method.name is 'ppo'; it must be one of 'cca', 'classifier', 'gft'",
+            "my.yaml: method.name is 'ppo'; it must be one of 'ar_grpo', 'cca', 'classifier'",
         ),
         (
             {"method__name": "rewards"},
-            "my.yaml: method.name is 'rewards'; it must be one of 'cca', 'classifier', 'gft'",
+            "my.yaml: method.name is 'rewards'; it must be one of 'ar_grpo', 'cca', 'classifier'",
         ),
         (
             {"method__name": ["va_pi"]},
-            "my.yaml: method.name is ['va_pi']; it must be one of 'cca', 'classifier', 'gft'",
+            "my.yaml: method.name is ['va_pi']; it must be one of 'ar_grpo', 'cca', 'classifier'",
         ),
         ({"method": ["va_pi"]}, "my.yaml: method is ['va_pi']; it must be a section of keys and values"),
         ({"method__name": None}, "my.yaml: method.name is missing"),

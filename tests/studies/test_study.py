@@ -403,7 +403,7 @@ def test_variants_may_differ_in_what_they_say(tmp_path: Path) -> None:
 
 
 def test_the_classifier_that_rewards_is_not_the_judge() -> None:
-    found = reward_networks([load_recipe("digits-ar-grpo")])
+    found = reward_networks([load_recipe("digits-ar-grpo")], "")
     assert found == {"rewards.classifier.weights: digits": sha256_of(embedded("digits", "perceptual"))}
 
 
@@ -415,6 +415,22 @@ def test_a_judge_that_rewards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         VarpiError, match=r"variants.again is rewarded by the network that judges, digits \(reward.perc"
     ):
+        carry(tmp_path, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_is_not_there_or_half_trained_is_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "cifar10-classifier" / "model.safetensors"
+    changes = f"method.name: ar_grpo, method.rewards.classifier.weights: {weights}"
+    text = TEXT + f"    set: {{{changes}}}\n"
+    with pytest.raises(
+        VarpiError, match=r"variants.again: method.rewards.classifier.weights: .* is not there; run `va"
+    ):
+        carry(tmp_path, text)
+    weights.parent.mkdir()
+    weights.write_bytes(b"half")
+    (weights.parent / "recipe.yaml").write_text(load_recipe("digits-judge").to_yaml())
+    with pytest.raises(VarpiError, match=f"variants.again: {weights.parent} has not been trained to its end"):
         carry(tmp_path, text)
     assert not (tmp_path / "out").exists()
 

@@ -18,6 +18,7 @@ from typing import Any
 from varpi.errors import VarpiError
 from varpi.networks.loading import EXTRACTORS, load_extractor
 from varpi.recipe import Recipe
+from varpi.recipes import shipped_recipes
 from varpi.runtime.files import write_text
 from varpi.runtime.sources import EMBEDDED, ENDINGS, embedded, find
 from varpi.runtime.tensors import sha256_of
@@ -68,7 +69,7 @@ def carry_out_study(
     recipes = study.recipes(where)
     start = _start(study)
     judges = {judge.name: _identity(judge) for judge in study.protocol.judges}
-    rewards = {name: reward_networks(several) for name, several in recipes.items()}
+    rewards = {name: reward_networks(several, f"{where}: variants.{name}") for name, several in recipes.items()}
     for name, networks in rewards.items():
         for judge, identity in judges.items():
             for network, sha256 in networks.items():
@@ -85,8 +86,11 @@ def carry_out_study(
     return write_findings(output, work.until(bench.look), command)
 
 
-def reward_networks(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """The networks that a method is rewarded by, {what it is called: sha256 of its weights}."""
+def reward_networks(recipes: Sequence[Recipe], where: str) -> dict[str, str]:
+    """The networks that a method is rewarded by, {what it is called: sha256 of its weights}.
+
+    Raises VarpiError for a file of weights that is not there, or is of a run that was not trained to its end.
+    """
     found = {}
     for recipe in recipes:
         for key, value in flatten(recipe.method.model_dump(mode="json")).items():
@@ -99,11 +103,23 @@ def reward_networks(recipes: Sequence[Recipe]) -> dict[str, str]:
             elif value in EXTRACTORS and not key.endswith("name"):
                 found[what] = load_extractor(value).identity["weights_sha256"]
             elif path.is_file():
+                _check_finished(path, where)
                 found[what] = sha256_of(path)
             elif path.is_dir():
                 weights = (file for file in sorted(path.iterdir()) if file.suffix in ENDINGS)
                 found |= {f"{key}: {file}": sha256_of(file) for file in weights}
+            elif path.suffix in ENDINGS and ":" not in value:
+                made = path.parent.name
+                hint = f"; run `varpi train {made}` first" if made in shipped_recipes() else ""
+                raise VarpiError(f"{where}: method.{key}: {value} is not there{hint}")
     return found
+
+
+def _check_finished(source: Path, where: str) -> None:
+    """Refuse a run, or its model, that was not trained to its end."""
+    run = source.parent if source.name == RUN_MODEL else source
+    if is_run(run) and (recipe := recipe_of(run)) is not None and not is_finished(run, recipe):
+        raise VarpiError(f"{where}: {run} has not been trained to its end; continue it with `varpi train --resume`")
 
 
 def _identity(judge: Any) -> dict[str, str]:
@@ -113,11 +129,8 @@ def _identity(judge: Any) -> dict[str, str]:
 def _start(study: Study) -> Weights:
     """The start pair. Raises VarpiError where it is not there, or is a run that was not trained to its end."""
     for part in (study.start.generator, study.start.tokenizer):
-        if part in EMBEDDED:
-            continue
-        run = Path(part).parent if Path(part).name == RUN_MODEL else Path(part)
-        if is_run(run) and (recipe := recipe_of(run)) is not None and not is_finished(run, recipe):
-            raise VarpiError(f"start: {run} has not been trained to its end; continue it with `varpi train --resume`")
+        if part not in EMBEDDED:
+            _check_finished(Path(part), "start")
     hashes = [
         sha256_of(embedded(source, kind) if source in EMBEDDED else find(source))
         for kind, source in (("generator", study.start.generator), ("tokenizer", study.start.tokenizer))
