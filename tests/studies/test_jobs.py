@@ -31,7 +31,7 @@ def test_a_job_has_one_thread() -> None:
 
 
 def test_a_job_that_is_killed_is_told() -> None:
-    message = r"one of \d+ processes was killed, for lack of memory perhaps; OMP_NUM_THREADS=1 runs one at a time"
+    message = r"one of \d+ processes was killed, for lack of memory perhaps; --jobs 1, or OMP_NUM_THREADS=1"
     with pytest.raises(VarpiError, match=message), open_pool() as pool:
         pool.submit(os.kill, pool.submit(os.getpid).result(), signal.SIGKILL).result()
 

@@ -427,8 +427,8 @@ def test_a_reward_that_is_not_there_or_half_trained_is_refused(tmp_path: Path) -
         VarpiError, match=r"variants.again: method.rewards.classifier.weights: .* is not there; run `va"
     ):
         carry(tmp_path, text)
-    weights.parent.mkdir()
-    weights.write_bytes(b"half")
+    (weights.parent / "checkpoints" / "step-00000001").mkdir(parents=True)
+    weights.write_bytes(b"the best so far")
     (weights.parent / "recipe.yaml").write_text(load_recipe("digits-judge").to_yaml())
     with pytest.raises(VarpiError, match=f"variants.again: {weights.parent} has not been trained to its end"):
         carry(tmp_path, text)

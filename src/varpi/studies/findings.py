@@ -336,8 +336,11 @@ def _with_costs(of_metrics: ResultTable, rows: Sequence[StudyRow]) -> ResultTabl
 def _chosen(findings: Findings) -> list[tuple[str, str]]:
     """What was tried for each variant, and what was taken."""
     labels = {name: variant.label or name for name, variant in findings.study.variants.items()}
+    said = [records for name, records in findings.choices.items() if name != START]
     lines = []
     for name, records in findings.choices.items():
+        if name == START and records in said:
+            continue
         for what in ("changes", "sampling"):
             tried = [record for record in records if what in record]
             varied = {

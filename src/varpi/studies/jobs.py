@@ -42,7 +42,8 @@ def open_pool(size: int | None = None) -> Iterator[ProcessPoolExecutor]:
         if not isinstance(error, BrokenProcessPool):
             raise
         raise VarpiError(
-            f"one of {size} processes was killed, for lack of memory perhaps; OMP_NUM_THREADS=1 runs one at a time"
+            f"one of {size} processes was killed, for lack of memory perhaps; --jobs 1, or OMP_NUM_THREADS=1 for the "
+            "demo, runs one at a time"
         ) from error
     finally:
         pool.shutdown()

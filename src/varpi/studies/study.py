@@ -37,6 +37,7 @@ from varpi.studies.tasks import (
 )
 from varpi.studies.work import Job, Work, all_of
 from varpi.training.run_directory import is_finished, is_run
+from varpi.training.state import checkpoints
 from varpi.weights.pair import RUN_MODEL, recipe_of
 
 _MARK = "study.yaml"
@@ -116,9 +117,11 @@ def reward_networks(recipes: Sequence[Recipe], where: str) -> dict[str, str]:
 
 
 def _check_finished(source: Path, where: str) -> None:
-    """Refuse a run, or its model, that was not trained to its end."""
+    """Refuse a run, or its model, that was not trained to its end. One whose checkpoints are gone is trusted."""
     run = source.parent if source.name == RUN_MODEL else source
-    if is_run(run) and (recipe := recipe_of(run)) is not None and not is_finished(run, recipe):
+    if not is_run(run) or (recipe := recipe_of(run)) is None:
+        return
+    if not (run / RUN_MODEL).is_file() or (checkpoints(run) and not is_finished(run, recipe)):
         raise VarpiError(f"{where}: {run} has not been trained to its end; continue it with `varpi train --resume`")
 
 
