@@ -16,7 +16,7 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make mutants   plants small faults, each alone; every one must make its tests fail; ARGS='-j 8 sampling'"
 	@echo "make soak      the long reliability run: kills and resumes, several processes, damaged files"
-	@echo "make embedded  makes the embedded pair again from its recipes"
+	@echo "make embedded  makes the embedded pairs of digits and shapes again from their recipes"
 	@echo "make clean     removes caches and build output; keeps $(VENV) and runs/"
 
 env:
@@ -44,6 +44,11 @@ embedded: env
 	for part in perceptual judge tokenizer generator; do \
 		$(BIN)/varpi train digits-$$part --output runs/embedded/$$part --resume && \
 		cp runs/embedded/$$part/model.safetensors src/varpi/embedded/digits-$$part.safetensors || exit 1; \
+	done
+	for part in detector perceptual tokenizer generator; do \
+		$(BIN)/varpi train shapes-$$part --output runs/embedded/shapes-$$part --resume && \
+		$(BIN)/python -m varpi.embedded.pack runs/embedded/shapes-$$part \
+			src/varpi/embedded/shapes-$$part.safetensors || exit 1; \
 	done
 
 clean:

@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "held-out pairs are drawn in training",
         "data/scenes.py",
-        " and (shape, color) not in HELD_OUT_PAIRS]",
-        "]",
+        "        if not every:\n",
+        "        if False:\n",
         "data/test_shapes.py -k held_out",
     ),
     Mutant(
@@ -205,6 +205,34 @@ MUTANTS = [
         "lower = lower * np.cos(0.2 * np.pi)",
         "lower = lower * 1.0",
         "data/test_shapes.py -k boxes",
+    ),
+    Mutant(
+        "one shape is found several times",
+        "networks/shapes_detector.py",
+        "all(_overlap(box, other) <= _OVERLAP for other in kept)",
+        "True",
+        "networks/test_shapes_detector.py -k overlap",
+    ),
+    Mutant(
+        "cells beside a shape learn that nothing is there",
+        "methods/detector.py",
+        "shapes[i][near] = -1",
+        "shapes[i][near] = 0",
+        "methods/test_shapes_detection.py -k cells",
+    ),
+    Mutant(
+        "held-out images are known by their place in the batch",
+        "training/validation.py",
+        "indices=torch.tensor([*items])",
+        "indices=torch.arange(len(items))",
+        "methods/test_shapes_detection.py -k resumes",
+    ),
+    Mutant(
+        "a micro-batch knows the whole batch's indices",
+        "training/loop.py",
+        "indices=batch.indices[i : i + size]",
+        "indices=batch.indices",
+        "methods/test_token_cache.py -k micro",
     ),
     # -- random streams
     Mutant(

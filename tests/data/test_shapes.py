@@ -1,6 +1,7 @@
 """The captioned shapes: drawn by split and index alone, boxes on their pixels, captions that say what is there."""
 
 import hashlib
+import importlib.resources
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from varpi.data.prompts import GENEVAL_TASKS, read_geneval_metadata
 from varpi.data.rendering import box_of, render_scene
 from varpi.data.scenes import HELD_OUT_PAIRS, SCENES, SHAPE_COLORS, SHAPES, draw_scene, plural
 from varpi.data.shapes import CaptionedShapes
+from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
 from varpi.evaluation.geneval import judge_geneval
 from varpi.runtime.files import write_text
@@ -95,6 +97,8 @@ def test_held_out_pairs_are_in_their_split_alone() -> None:
     for split in ("validation", "test"):
         found = {(thing.shape, thing.color) for i in range(SCENES[split]) for thing in draw_scene(split, i).things}
         assert not found & HELD_OUT_PAIRS
+    found = {(thing.shape, thing.color) for index in range(3000) for thing in draw_scene("every", index).things}
+    assert len(found) == len(SHAPES) * len(SHAPE_COLORS)
     held_out = CaptionedShapes(split="held_out")
     seen = set()
     for index in range(len(held_out)):
@@ -162,7 +166,7 @@ def test_captions_say_what_the_metadata_ask(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"image_size": 48}, "shapes: image_size is 48; shapes are drawn at 32 or 64 pixels"),
-        ({"image_size": 32, "split": "dev"}, "shapes: no split 'dev'; it has train, validation, test, held_out"),
+        ({"image_size": 32, "split": "dev"}, "shapes: no split 'dev'; it has train, validation, test, held_out, every"),
         ({"image_size": 32, "caption_column": "text"}, "shapes: has captions of its own; leave out caption_column"),
         ({"image_size": 32, "min_side": 8}, "shapes: min_side is for captioned images of many sizes"),
     ],
@@ -170,3 +174,21 @@ def test_captions_say_what_the_metadata_ask(tmp_path: Path) -> None:
 def test_what_the_shapes_refuse(arguments: dict, message: str) -> None:
     with pytest.raises(VarpiError, match=message):
         open_dataset("shapes", **arguments)
+
+
+def test_the_text_encoder_tells_which_colour_belongs_to_which_shape() -> None:
+    """The generator takes a sum over the words, so each word's features must tell its neighbours."""
+    folder = Path(str(importlib.resources.files("varpi.embedded") / "shapes-text"))
+    known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    captions = [CaptionedShapes(split=split).caption(i) for split in SCENES for i in range(600)]
+    assert {word for caption in captions for word in caption.split()} <= set(known)
+    assert max(len(caption.split()) for caption in captions) + 1 <= 12, "the generator's condition_tokens"
+
+    encoder = TextEncoder(folder, dtype=torch.float32)
+    one, other = encoder(["a photo of a red circle and a blue square", "a photo of a blue circle and a red square"])
+    assert one.shape == (11, 128)
+    apart = (one - other).norm(dim=1) / one.norm(dim=1)
+    assert apart[5] > 0.3, "circle, whose colour differs, though the words of the captions are the same"
+    assert apart[9] > 0.3, "square"
+    near, far = encoder(["a photo of a ring left of a star", "a photo of a star left of a ring"])
+    assert ((near[4] - far[8]).norm() / near[4].norm()) > 0.3, "ring, on this side of the relation or on that"

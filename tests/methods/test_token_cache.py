@@ -67,6 +67,14 @@ def test_training_from_cached_tokens_is_training(pair: Path, tmp_path: Path, mon
     assert numbers(run) == numbers(through)
 
 
+def test_each_micro_batch_has_its_own_tokens(pair: Path, tmp_path: Path) -> None:
+    settings = ("training.micro_batch=2", "training.steps=2")
+    encoding = quiet(tiny.recipe(pair, *settings, method="next_token"), tmp_path / "encoding")
+    cached = tiny.recipe(pair, *settings, f"method.token_cache={tmp_path / 'cache'}", method="next_token")
+    losses = [[row["loss"] for row in numbers(run)] for run in (quiet(cached, tmp_path / "run"), encoding)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_a_stream_has_no_indices(pair: Path) -> None:
     with pytest.raises(VarpiError, match=r"method\.token_cache needs data that can be looked up"):
         tiny.recipe(pair, "method.token_cache=c", "data.stream=true", method="next_token")

@@ -136,3 +136,21 @@ def test_settings_that_contradict_each_other(pair: Path, settings: dict[str, Any
     with pytest.raises(VarpiError) as caught:
         vq_recipe(pair, **settings)
     assert str(caught.value) == f"recipe: {message}"
+
+
+def test_captions_are_no_hindrance(pair: Path, tmp_path: Path) -> None:
+    """A tokenizer has no use for them, whole or in micro-batches, in training and in validation."""
+    recipe = parse_recipe(
+        {
+            "method": {"name": "vq_tokenizer"},
+            "tokenizer": {"architecture": vars(tiny.TOKENIZER)},
+            "data": {"source": "captioned-digits", "image_size": 32},
+            "optimizer": {"learning_rate": 3e-3},
+            "training": {"steps": 2, "batch_size": 8, "micro_batch": 4},
+            "validation": {"every": 2, "images": 8},
+        }
+    )
+    run = quiet(recipe, tmp_path / "run")
+    losses = [row["validation_loss"] for row in numbers(run) if "validation_loss" in row]
+    assert len(losses) == 1
+    assert 0 < losses[0] < 4

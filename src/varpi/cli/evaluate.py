@@ -68,8 +68,8 @@ def add(commands: Any) -> None:
     group.add_argument("--metadata", metavar="FILE", help="GenEval's own file, to find missing prompts")
     group.add_argument("--detections", metavar="FILE", help="what another detector saw, as JSON; none is run then")
     group.add_argument("--save-detections", metavar="FILE", help="write what is detected, in that form")
-    group.add_argument("--detector", metavar="SOURCE", help="Mask2Former's directory or Hub id")
-    group.add_argument("--colorist", metavar="SOURCE", help="weights of open_clip's ViT-L/14")
+    group.add_argument("--detector", metavar="SOURCE", help="Mask2Former's directory or Hub id, or `shapes`")
+    group.add_argument("--colorist", metavar="SOURCE", help="weights of open_clip's ViT-L/14 (shapes has its own)")
 
     group = parser.add_argument_group("alignment")
     group.add_argument("--data", help="held-out images (default: those of the run)")
@@ -228,14 +228,23 @@ def _geneval(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     from varpi.evaluation.geneval import evaluate_geneval
     from varpi.networks.clip import CLIP_L14, ClipColorist
     from varpi.networks.mask2former import MASK2FORMER, Mask2FormerDetector
+    from varpi.networks.shapes_detector import ShapesColorist, ShapesDetector
 
     if options.metrics is not None:
         raise VarpiError("--metrics: geneval has one fixed set of them")
     options.geneval = _is_run(Path(options.samples).expanduser())
     source, wanted = _find_samples(options)
-    seen = options.detections is not None or not world.is_main
-    detector = None if seen else Mask2FormerDetector(options.detector or MASK2FORMER, device=world.device)
-    colorist = None if seen else ClipColorist(options.colorist or CLIP_L14, device=world.device)
+    detector: Any = None
+    colorist: Any = None
+    if options.detections is None and world.is_main:
+        if options.detector == "shapes":
+            if options.colorist is not None:
+                raise VarpiError("--colorist: the detector of shapes names their colours itself; leave it out")
+            detector = ShapesDetector(device=world.device)
+            colorist = ShapesColorist(detector)
+        else:
+            detector = Mask2FormerDetector(options.detector or MASK2FORMER, device=world.device)
+            colorist = ClipColorist(options.colorist or CLIP_L14, device=world.device)
     if wanted is not None:
         _make(wanted, source, world)
         del wanted

@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
     add_sampling(parser, required=True)
     parser.add_argument("--batch-size", type=int, default=64, help="images in flight (default: %(default)s)")
     parser.add_argument(
-        "--geneval", action="store_true", help="the file of --prompts is GenEval's metadata: write its folders too"
+        "--geneval",
+        action="store_true",
+        help="the file of --prompts is GenEval's metadata, or --captions is `shapes`: write its folders too",
     )
 
 
@@ -116,15 +118,14 @@ class Wanted:
 
 def prepare(options: argparse.Namespace, output: Path) -> Wanted:
     """Load the pair and see that what the options ask for can be made in `output`."""
-    from varpi.data.prompts import read_geneval_metadata
     from varpi.samples.writing import check_space, image_side
 
     sampling, metadata = settings_of(options), None
     if options.geneval:
-        if options.prompts is None:
-            raise VarpiError("--geneval: give GenEval's metadata by --prompts")
-        metadata = read_geneval_metadata(options.prompts)[: options.limit]
+        metadata = _metadata(options)[: options.limit]
     prompts = _prompts(options)
+    if metadata is not None:
+        prompts = [record["prompt"] for record in metadata]
     pair = asked_pair(options)
     generator, tokenizer = pair.generator, pair.tokenizer
     if prompts is not None:
@@ -168,7 +169,6 @@ def _write_geneval(output: Path, metadata: Sequence[Mapping[str, Any]], count: i
 
 def _prompts(options: argparse.Namespace) -> Any:
     """What to make images of: prompts, or a data set with captions; None when classes are asked for."""
-    from varpi.data import open_dataset
     from varpi.data.prompts import read_prompts
 
     if options.per_prompt < 1 or (options.limit is not None and options.limit < 1):
@@ -178,9 +178,7 @@ def _prompts(options: argparse.Namespace) -> Any:
     if options.prompts is not None:
         return read_prompts(options.prompts)[: options.limit]
     if options.captions is not None:
-        dataset = open_dataset(
-            options.captions, image_size=32, split=options.caption_split, caption_column=options.caption_column
-        )
+        dataset = _open_captions(options)
         if dataset.num_classes is not None:
             raise VarpiError(f"--captions {options.captions}: it has classes, not captions; try --caption-column")
         return dataset
@@ -214,6 +212,27 @@ def _usable(options: argparse.Namespace, prompts: Any, check: Any) -> list[str]:
     if find_world(options.device).is_main:
         left_out.say(where, looked_at, "captions")
     return found
+
+
+def _open_captions(options: argparse.Namespace) -> Any:
+    from varpi.data import open_dataset
+
+    return open_dataset(
+        options.captions, image_size=32, split=options.caption_split, caption_column=options.caption_column
+    )
+
+
+def _metadata(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """GenEval's metadata of the prompts: a file, or what the captions' scenes say of themselves."""
+    from varpi.data.prompts import read_geneval_metadata
+    from varpi.data.shapes import CaptionedShapes
+
+    if options.prompts is not None:
+        return read_geneval_metadata(options.prompts)
+    dataset = None if options.captions is None else _open_captions(options)
+    if not isinstance(dataset, CaptionedShapes):
+        raise VarpiError("--geneval: give GenEval's metadata by --prompts, or --captions shapes")
+    return [dataset.geneval_metadata(i) for i in range(min(len(dataset), options.limit or len(dataset)))]
 
 
 def _repeated(options: argparse.Namespace, prompts: Sequence[str], check: Callable[[int], None]) -> list[str]:

@@ -28,8 +28,9 @@ SHAPE_COLORS = {
 """GenEval's colours with red, green and blue in [0, 1], but for brown, which the dull backgrounds come close to."""
 HELD_OUT_PAIRS = frozenset((SHAPES[i % len(SHAPES)], color) for i, color in enumerate(SHAPE_COLORS))
 """Shapes and colours never together in training: each colour with one shape, each shape with one or two colours."""
-SCENES = {"train": 2**20, "validation": 1200, "test": 6000, "held_out": 2000}
-"""Splits and how many scenes each has. All colours of held_out are those of `HELD_OUT_PAIRS`, of the others none."""
+SCENES = {"train": 2**20, "validation": 1200, "test": 6000, "held_out": 2000, "every": 2**20}
+"""Splits and how many scenes each has. In held_out all pairs of shape and colour are of `HELD_OUT_PAIRS`, in train,
+validation and test none; every has them all, for detectors, which must not favour what generators were shown."""
 
 _SPLITS = tuple(SCENES)
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -103,7 +104,7 @@ def draw_scene(split: str, index: int) -> Scene:
         else:
             cells = [(band, first, wide, 0.5) for first in start]
         sizes, count = (0.30, 0.42), 2
-    pairs = _pairs(draws, task, count, held_out)
+    pairs = _held_out_pairs(draws, count) if held_out else _pairs(draws, task, count, split == "every")
     things = tuple(_thing(draws, *pair, cell, sizes) for pair, cell in zip(pairs, cells, strict=False))
     gray = draws.between(0.34, 0.66)
     low = _around(draws, (gray, gray, gray), 0.05)
@@ -174,18 +175,25 @@ class _Draws:
 _HELD_OUT = tuple(sorted(HELD_OUT_PAIRS))
 
 
-def _pairs(draws: _Draws, task: str, count: int, held_out: bool) -> list[tuple[str, str]]:
-    """Shape and colour of each thing: one shape for counting, else as many as things; for color_attr colours too."""
-    if held_out:
-        order = draws.shuffled(_HELD_OUT)
-        second = next(pair for pair in order if pair[0] != order[0][0])  # a colour has one pair, so it differs as well
-        return [order[0], second][:count]
+def _held_out_pairs(draws: _Draws, count: int) -> list[tuple[str, str]]:
+    """One or two, of two shapes; of two colours then too, for each colour has one pair."""
+    order = draws.shuffled(_HELD_OUT)
+    return [order[0], next(pair for pair in order if pair[0] != order[0][0])][:count]
+
+
+def _pairs(draws: _Draws, task: str, count: int, every: bool) -> list[tuple[str, str]]:
+    """Shape and colour of each thing: one shape for counting, else as many as things; for color_attr colours too.
+
+    every: of all pairs, not only of those that are not held out.
+    """
     shapes = draws.shuffled(SHAPES)
     found: list[tuple[str, str]] = []
     for i in range(count):
         shape = shapes[0 if task == "counting" else i]
         taken = {color for _, color in found} if task == "color_attr" else set()
-        options = [color for color in SHAPE_COLORS if color not in taken and (shape, color) not in HELD_OUT_PAIRS]
+        options = [color for color in SHAPE_COLORS if color not in taken]
+        if not every:
+            options = [color for color in options if (shape, color) not in HELD_OUT_PAIRS]
         found.append((shape, draws.choose(options)))
     return found
 

@@ -19,7 +19,7 @@ class CaptionedShapes:
     """One to four coloured, textured shapes on dull backgrounds, with GenEval's sentences of six kinds.
 
     A scene depends on its split and index alone. In the split "held_out" every colour is one that its shape never has
-    in the others, and is asked for (tasks colors and color_attr).
+    in "train", "validation" and "test", and is asked for (tasks colors and color_attr); "every" is for detectors.
 
     Args:
         split: one of `SCENES`.

@@ -20,6 +20,7 @@ from varpi.data.images import decode
 from varpi.data.left_out import LeftOut
 from varpi.data.listing import directories, list_images
 from varpi.data.prompts import GENEVAL_COLORS, GENEVAL_TASKS, read_geneval_metadata
+from varpi.data.scenes import SHAPES
 from varpi.errors import VarpiError
 from varpi.evaluation.detections import (
     Boxes,
@@ -344,7 +345,7 @@ def _asked_colors(prompt: PromptFolder) -> set[str]:
 
 def _check_classes(prompts: Sequence[PromptFolder], found: Mapping[str, Found], by: str) -> None:
     """Refuse names that no prompt can mean, such as COCO's "mouse" for GenEval's "computer mouse"."""
-    known = {wanted["class"] for prompt in prompts for wanted in prompt.metadata["include"]} | {*OBJECT_NAMES}
+    known = {wanted["class"] for prompt in prompts for wanted in prompt.metadata["include"]} | {*OBJECT_NAMES, *SHAPES}
     for image, one in found.items():
         if unknown := sorted(one.detections.keys() - known):
             raise VarpiError(f"{by}: {image}: GenEval knows no class {unknown[0]!r}; use its names (object_names.txt)")

@@ -25,8 +25,8 @@ class Distances(Section):
     """Mean squared error over channels and pixels, images in [-1,1]."""
     perceptual_weight: Weight = 1.0
     l1_weight: Weight = 0.0
-    perceptual: Literal["lpips-vgg", "lpips-alex", "digits"] = "lpips-vgg"
-    """The network of the perceptual distance; `digits` is the embedded one."""
+    perceptual: Literal["lpips-vgg", "lpips-alex", "digits", "shapes"] = "lpips-vgg"
+    """The network of the perceptual distance; `digits` and `shapes` are embedded."""
     perceptual_weights: str | None = None
     """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
 

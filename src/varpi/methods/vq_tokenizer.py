@@ -35,8 +35,8 @@ class Settings(MethodSection):
 
     mse_weight: Weight = 1.0
     perceptual_weight: Weight = 0.0
-    perceptual: Literal["lpips-vgg", "lpips-alex", "digits"] = "digits"
-    """The network of the perceptual distance; `digits` is the embedded one."""
+    perceptual: Literal["lpips-vgg", "lpips-alex", "digits", "shapes"] = "digits"
+    """The network of the perceptual distance; `digits` and `shapes` are embedded."""
     perceptual_weights: str | None = None
     """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
     commitment_weight: Weight = 0.25

@@ -52,12 +52,12 @@ def load_extractor(
 
 
 def load_perceptual(name: str, weights: str | None, device: str) -> Perceptual:
-    """The perceptual distance a recipe names: lpips-vgg, lpips-alex or digits, on `device`.
+    """The perceptual distance a recipe names: lpips-vgg, lpips-alex, or embedded: digits, shapes; on `device`.
 
     weights: file with the LPIPS trunk's weights, where the name is an LPIPS one.
     """
     from varpi.networks.perceptual import LPIPS, ConvPerceptual
 
-    if name == "digits":
-        return ConvPerceptual(load_classifier(embedded("digits", "perceptual"))).to(device)
+    if name in ("digits", "shapes"):
+        return ConvPerceptual(load_classifier(embedded(name, "perceptual"))).to(device)
     return LPIPS(name.removeprefix("lpips-"), weights).to(device).to(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from varpi.runtime.files import line, read_json
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A file, a directory, a Hub id ("org/name[@revision][:file]"), or a state dict."""
 
-EMBEDDED = ("digits", "cifar10")
+EMBEDDED = ("digits", "cifar10", "shapes")
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 SIDE_FILES = (
     "config.json",

@@ -218,13 +218,13 @@ class Trainer:
 
     def _split(self, batch: Batch) -> list[Batch]:
         size = self.recipe.training.micro_batch or len(batch.images)
-        condition = prepare_condition(self.method, batch.condition)
+        condition = prepare_condition(self.method, batch.condition, self.world.device)
         captions = [given for given in batch.condition if isinstance(given, str)] or None
         return [
             dataclasses.replace(
                 batch,
                 images=batch.images[i : i + size].to(self.world.device, non_blocking=True),
-                condition=condition[i : i + size].to(self.world.device),
+                condition=condition[i : i + size],
                 captions=None if captions is None else captions[i : i + size],
                 positions=batch.positions[i : i + size],
                 indices=batch.indices[i : i + size],

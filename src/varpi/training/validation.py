@@ -42,7 +42,7 @@ class Validator:
         for i in range(rounds):
             first = (i * self._world.size + self._world.rank) * self._size
             items = _readable(dataset, range(first, min(first + self._size, self._count)), left_out)
-            loss = float(method.validation_loss(self._batch(method, items or [filler])))
+            loss = float(method.validation_loss(self._batch(method, items or filler)))
             if items:
                 total, images = total + loss * len(items), images + len(items)
         method.stages.take()
@@ -55,14 +55,13 @@ class Validator:
             raise VarpiError(f"validation: none of the first {self._count} held-out images could be read")
         return total / images
 
-    def _batch(self, method: Method, items: list[Item]) -> Batch:
-        places = torch.arange(len(items))
-        condition = prepare_condition(method, collate_conditions([item.condition for item in items]))
+    def _batch(self, method: Method, items: dict[int, Item]) -> Batch:
+        conditions = collate_conditions([item.condition for item in items.values()])
         return Batch(
-            images=torch.stack([item.image for item in items]).to(self._world.device),
-            condition=condition.to(self._world.device),
-            positions=places,
-            indices=places,
+            images=torch.stack([item.image for item in items.values()]).to(self._world.device),
+            condition=prepare_condition(method, conditions, self._world.device),
+            positions=torch.arange(len(items)),
+            indices=torch.tensor([*items]),
             bad=0,
         )
 
@@ -76,10 +75,12 @@ def note_loss(progress: Progress, loss: float) -> bool:
     return False
 
 
-def prepare_condition(method: Method, condition: Any) -> Any:
-    """What data gives, in the form that the method's generator takes; without one, as it is."""
+def prepare_condition(method: Method, condition: Any, device: str) -> Any:
+    """What data gives, in the form that the method's generator takes; captions that none takes stay as they are."""
     generator = generator_of(method)
-    return condition if generator is None else generator.prepare_condition(condition)
+    if generator is not None:
+        condition = generator.prepare_condition(condition)
+    return condition if isinstance(condition, list) else condition.to(device)
 
 
 def caption_check(method: Method) -> CaptionCheck | None:
@@ -88,19 +89,19 @@ def caption_check(method: Method) -> CaptionCheck | None:
     return None if generator is None else generator.caption_check
 
 
-def _readable(dataset: Dataset, indices: range, left_out: LeftOut) -> list[Item]:
-    """The items that can be used; the others are counted."""
-    items = []
+def _readable(dataset: Dataset, indices: range, left_out: LeftOut) -> dict[int, Item]:
+    """The items that can be used, by index; the others are counted."""
+    items = {}
     for index in indices:
         try:
-            items.append(dataset[index])
+            items[index] = dataset[index]
         except (BadImage, Dropped) as error:
             left_out.note(error)
     return items
 
 
-def _first_readable(dataset: Dataset) -> Item:
+def _first_readable(dataset: Dataset) -> dict[int, Item]:
     for index in range(len(dataset)):
         with suppress(BadImage, Dropped):
-            return dataset[index]
+            return {index: dataset[index]}
     raise VarpiError(f"validation: none of the {len(dataset)} held-out images could be read")

@@ -69,7 +69,8 @@ def open_pair(
 
     tokenizer: by default the one that belongs to the source: of an embedded pair or a transformers model its own, of a
         run the one in its recipe. A run that trained a tokenizer for a generator is that pair.
-    text_encoder: T5 directory or Hub id, for a generator that reads caption features; by default the run's.
+    text_encoder: T5 directory or Hub id, for a generator that reads caption features; by default the run's, or that of
+        the embedded pair.
 
     Raises VarpiError when a part cannot be read or the parts do not fit each other.
     """
@@ -91,6 +92,8 @@ def open_pair(
         raise VarpiError(f"image_size is {image_size}, but this pair makes images of {pair.image_size} pixels")
     if text_encoder is None and recipe is not None and recipe.generator is not None:
         text_encoder = recipe.generator.text_encoder
+    if text_encoder is None and source == "shapes":
+        text_encoder = "shapes"
     if text_encoder is not None:
         give_text_encoder(generator, text_encoder, device)
     return pair
@@ -104,11 +107,12 @@ def recipe_of(source: str | os.PathLike[str]) -> Recipe | None:
 
 
 def give_text_encoder(generator: Generator, source: str, device: torch.device | str) -> None:
-    """Let a generator that reads caption features encode captions itself. source: T5 directory, Hub id or `digits`."""
+    """Let a generator that reads caption features encode captions itself. source: T5 directory, Hub id, `digits` or
+    `shapes`."""
     from varpi.data.text_encoder import TextEncoder
 
-    if source == "digits":
-        source = str(importlib.resources.files("varpi.embedded") / "digits-text")
+    if source in ("digits", "shapes"):
+        source = str(importlib.resources.files("varpi.embedded") / f"{source}-text")
     if generator.caption_features is None:
         raise VarpiError("a text encoder is for generators that read caption features; this one has no use for it")
     tokens, width = generator.caption_features
