@@ -40,8 +40,8 @@ MUTANTS = [
     Mutant(
         "advantages are not clipped",
         "objective/advantages.py",
-        "+ eps)).clamp(-clip, clip)",
-        "+ eps))",
+        "    scaled = scaled.clamp(-clip, clip)\n",
+        "",
         "objective/test_advantages.py",
     ),
     Mutant(
@@ -719,6 +719,20 @@ MUTANTS = [
         "        with without_adapters(self.model):\n            logits",
         "        with torch.no_grad():\n            logits",
         "methods/test_va_pi_beyond.py -k with_adapters",
+    ),
+    Mutant(
+        "a sample's own gradient is its control variate",
+        "objective/first_order.py",
+        "others = (products.sum(dim=1, keepdim=True) - products) / (group_size - 1)",
+        "others = products.mean(dim=1, keepdim=True).expand_as(products)",
+        "objective/test_first_order.py -k unbiased",
+    ),
+    Mutant(
+        "the two estimators are of different scale",
+        "methods/va_pi.py",
+        "linear / logits.shape[1] if",
+        "linear if",
+        "methods/test_va_pi_beyond.py -k both_estimators",
     ),
     Mutant(
         "AR-GRPO's rollouts are not guided",

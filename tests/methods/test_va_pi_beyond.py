@@ -17,6 +17,7 @@ from varpi.methods import build_method
 from varpi.methods.va_pi import VaPi
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
+from varpi.runtime.randomness import Stream
 from varpi.training.loop import Trainer
 from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
@@ -28,6 +29,9 @@ BEYOND = {
     "first_order": ("method.estimator=first_order", "method.group_size=2"),
     "one_sample": ("method.estimator=first_order", "method.group_size=1"),
     "guided": ("method.prior=guided", "method.prior_weight=0.5"),
+    "both": ("method.estimator=both", "method.group_size=3"),
+    "unscaled": ("method.baseline=leave_one_out", "method.scale_by_std=false"),
+    "own_noise": ("method.context_noise_source=model", "method.context_noise=0.5"),
     "first_order_guided": ("method.estimator=first_order", "method.group_size=2", "method.prior=guided"),
 }
 
@@ -53,7 +57,7 @@ def updates(recipe: Recipe, numbers: Iterator[int] | range) -> Iterator[tuple[Va
         yield method, metrics
 
 
-@pytest.mark.parametrize("name", ["local", "first_order", "guided"])
+@pytest.mark.parametrize("name", ["local", "first_order", "guided", "both"])
 def test_the_reward_rises(pair: Path, name: str) -> None:
     recipe = tiny.recipe(
         pair,
@@ -112,6 +116,58 @@ def test_first_order_needs_no_ratio_and_the_loss_is_the_expected_error(pair: Pat
         tokenizer.decode, rollout.samples, batch.images, objective.RewardWeights(1.0, 0.0), chunk=8
     )
     torch.testing.assert_close(outcome.metrics["reward_mean"], plain.total.mean())
+
+
+def test_both_estimators_together(pair: Path) -> None:
+    """The policy term of what the linear values leave over, and those values' expectation, each a mean over tokens."""
+    recipe = tiny.recipe(pair, "method.estimator=both", "method.policy_mode=eval", "method.prior_weight=0")
+    method, batch = build(recipe), batches(recipe).at(0)
+    outcome = method.loss(batch, 0)
+    assert outcome.metrics["ratio_mean"] == 1
+    rollout: Any = outcome.rollout
+    tokenizer: Any = method.tokenizer
+    vectors = tokenizer.code_vectors()
+    plain = objective.score_samples(
+        tokenizer.decode, rollout.samples, batch.images, objective.RewardWeights(1.0, 0.0), chunk=8
+    )
+    torch.testing.assert_close(
+        rollout.advantages, objective.residual_advantages(plain.total, rollout.gradients, vectors[rollout.samples])
+    )
+    logits = method.model.logits(rollout.context, rollout.condition)
+    chosen = logits.log_softmax(-1)[:, None].expand(-1, 4, -1, -1).gather(-1, rollout.samples[..., None])[..., 0]
+    policy = -(rollout.advantages[..., None] * (chosen - chosen.detach()).exp()).mean()
+    linear = (logits.softmax(-1) @ vectors * rollout.gradients.mean(1)).sum((1, 2)).mean() / 16
+    torch.testing.assert_close(outcome.loss, policy + linear)
+    parameters = list(method.model.parameters())
+    found, expected = (torch.autograd.grad(loss, parameters) for loss in (outcome.loss, policy + linear))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-3)
+
+
+def test_baselines_reach_the_advantages(pair: Path) -> None:
+    settings = ("method.baseline=leave_one_out", "method.scale_by_std=false", "method.policy_mode=eval")
+    recipe = tiny.recipe(pair, *settings)
+    method, batch = build(recipe), batches(recipe).at(0)
+    rollout: Any = method.loss(batch, 0).rollout
+    rewards = objective.score_samples(
+        method.tokenizer.decode, rollout.samples, batch.images, objective.RewardWeights(1.0, 0.0)
+    ).total
+    others = (rewards.sum(1, keepdim=True) - rewards) / 3
+    torch.testing.assert_close(rollout.advantages, rewards - others, atol=1e-6, rtol=1e-4)
+
+
+def test_noise_of_the_models_own(pair: Path) -> None:
+    """Replaced tokens are draws from its prediction under the true context, without dropout."""
+    settings = ("method.context_noise_source=model", "generator.dropout=0.5", "method.condition_drop=0")
+    recipe = tiny.recipe(pair, *settings, "method.context_noise=0.5")
+    method, batch = build(recipe), batches(recipe).at(0)
+    rollout: Any = method.loss(batch, 0).rollout
+    draws = method.uniforms(batch, 0, (16, 2), Stream.CONTEXT_NOISE)
+    with torch.no_grad():
+        logits = load_generator(pair / "generator.safetensors").logits(rollout.targets, rollout.condition)
+    own = objective.sample_tokens(logits, 1, uniforms=draws[:, None, :, 1])[:, 0]
+    assert torch.equal(rollout.context, torch.where(draws[..., 0] < 0.5, own, rollout.targets))
+    assert not torch.equal(rollout.context, rollout.targets)
 
 
 def test_a_guided_prior_of_scale_one_holds_still(pair: Path) -> None:
@@ -184,6 +240,12 @@ def test_with_adapters_the_start_is_the_model_without_them(
         (("method.group_size=1",), "group_size is 1; the policy estimator compares at least 2 samples"),
         (("method.estimator=first_order", "method.credit=local"), "credit is local, but the first_order estimator"),
         (("method.estimator=first_order", "method.prior=kl"), "prior is kl, which is estimated on the policy's"),
+        (("method.estimator=both", "method.group_size=1"), "group_size is 1; the both estimator compares at least 2"),
+        (("method.estimator=both", "method.credit=local"), "credit is local, but the estimator both has advantages by"),
+        (("method.estimator=both", "method.compat.rollout_in_eval=true"), "rollout_in_eval makes ratios that are not"),
+        (("method.estimator=both", "method.scale_by_std=false"), "scale_by_std is False, which is for estimator"),
+        (("method.estimator=first_order", "method.baseline=leave_one_out"), "baseline is leave_one_out, which is for"),
+        (("method.context_noise_source=model", "method.context_noise=0"), "context_noise_source is model but context_"),
         (("method.prior_guidance=2",), "prior_guidance is set but prior is cross_entropy"),
         (("method.prior=guided", "method.prior_guidance=0.5"), "method.prior_guidance is 0.5; it must be greater"),
     ],

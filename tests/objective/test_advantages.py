@@ -16,6 +16,18 @@ def test_hand_worked():
     assert torch.allclose(group_advantages(rewards), torch.tensor([[-1.0, 0.0, 1.0], [-1.0, 1.0, 0.0]]))
 
 
+def test_other_baselines_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 6.0]])  # mean 3, unbiased variance 7; means of the others 4, 3.5, 1.5
+    plain = group_advantages(rewards, scale_by_std=False)
+    assert plain.tolist() == [[-2.0, -1.0, 3.0]]
+    assert group_advantages(rewards, scale_by_std=False, baseline="leave_one_out").tolist() == [[-3.0, -1.5, 4.5]]
+    scaled = group_advantages(rewards, baseline="leave_one_out")
+    torch.testing.assert_close(scaled, torch.tensor([[-3.0, -1.5, 4.5]]) / math.sqrt(7))
+    maps = rewards[..., None].expand(1, 3, 4)
+    local = local_advantages(maps, scale_by_std=False, baseline="leave_one_out")
+    torch.testing.assert_close(local, torch.tensor([-3.0, -1.5, 4.5]).view(1, 3, 1).expand(1, 3, 4))
+
+
 def test_clip_acts_on_both_sides():
     rewards = torch.tensor([[0.0, 0.0, 0.0, 8.0], [0.0, 0.0, 0.0, -8.0]])
     # Mean 2, unbiased standard deviation 4: -0.5 and 1.5.

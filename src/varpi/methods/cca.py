@@ -5,7 +5,8 @@
 
 c⁻ is a class drawn at random for the same image: w = λ and s = -1. Where both halves lost their condition, or c⁻ is the
 true class, the pair is no contrast and counts as a positive: w = 1 and s = +1. The policy keeps its dropout, the frozen
-start has none. Left out: storing the start's log-probabilities; both of its passes are made in every step.
+start has none. Left out: storing the start's log-probabilities. As c⁻ is drawn anew for every visit of an image, they
+would be needed of all K classes: K + 1 passes an image in advance to save two a visit.
 """
 
 from typing import Annotated

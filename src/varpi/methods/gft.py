@@ -4,7 +4,8 @@
 
 l_c are the conditional logits, l_u the model's own null logits without gradient and without dropout. Where the mixture
 fits the data, l_c = (l - (1 - β) l_u) / β: the logits of guidance scale 1 / β, sampled without guidance. Images that
-lost their condition train l_u itself. Left out: a β drawn for every image and told to the model by an embedding.
+lost their condition train l_u itself. Left out: a β drawn for every image and told to the model by an embedding, whose
+weights no generator here has: what it trained would load nowhere else. One β, the one that is sampled at, needs none.
 """
 
 from typing import Annotated

@@ -4,7 +4,9 @@
            -> group advantage -> clipped policy loss + β · cross-entropy(x* | x̃*), both from the same logits
 
 Beyond the paper, each a setting: `credit: local` gives every token its own advantage, `estimator: first_order` takes
-the error's gradient at the decoded codes in place of the policy term, `prior: guided` distils guidance into the prior.
+the error's gradient at the decoded codes in place of the policy term (`both`: beside it, unbiased), `baseline` and
+`scale_by_std` change the advantage, `context_noise_source: model` draws the noise from the generator itself, `prior:
+guided` distils guidance into the prior.
 
 What it leaves out of the released code: repeating each image G times through the transformer (all G samples share
 one context, so one set of logits serves them all), and the reference model that the released code runs without using.
@@ -23,6 +25,7 @@ from varpi.generators import Generator
 from varpi.methods import Outcome
 from varpi.methods.rewards import Reward, code_rewards, load_reward_network, pixel_rewards
 from varpi.methods.teacher_forcing import GeneratorMethod, parts
+from varpi.objective.advantages import Baseline
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import Float, Int, MethodSection, Recipe, Section, Share, Weight
 from varpi.runtime.randomness import Stream
@@ -47,13 +50,20 @@ class Settings(MethodSection):
 
     group_size: Annotated[Int, Field(ge=1, le=2**12)] = 8
     """G, samples per image; advantages are relative to the group, so that the policy estimator needs at least 2."""
-    estimator: Literal["policy", "first_order"] = "policy"
-    """How the reward reaches the logits: by the clipped policy gradient (Eq. 11), or as the expected error, linear in
-    the decoded code vectors (`varpi.objective.first_order_loss`)."""
+    estimator: Literal["policy", "first_order", "both"] = "policy"
+    """How the reward reaches the logits: by the clipped policy gradient (Eq. 11); as the expected error, linear in the
+    decoded code vectors (`varpi.objective.first_order_loss`); or by both, the second a control variate of the first,
+    which leaves the gradient unbiased (`varpi.objective.residual_advantages`)."""
     credit: Literal["image", "local", "mixed"] = "image"
     """Of the policy estimator: advantages by image (Eq. 4), by token from the error around it, or the mean of both."""
+    baseline: Baseline = "group_mean"
+    """What a reward is held against: the mean of its group (Eq. 4), or of the others in it."""
+    scale_by_std: bool = True
+    """Divide advantages by their group's standard deviation (Eq. 4)."""
     context_noise: Share = 0.0
     """ξ, probability that a context token is replaced (Eq. 28)."""
+    context_noise_source: Literal["uniform", "model"] = "uniform"
+    """By what: any other token alike (Eq. 28), or the generator's own draw under the true context, at one more pass."""
     prior: Literal["cross_entropy", "kl", "guided"] = "cross_entropy"
     """What holds the generator to its data: cross-entropy of true tokens (Eq. 9), KL to a frozen copy (Fig. 4), or the
     cross-entropy under the frozen copy's guided distribution."""
@@ -84,8 +94,23 @@ class Settings(MethodSection):
             raise ValueError("compat.rollout_in_eval needs policy_mode: train; in eval mode both passes are the same")
         if self.compat.uniform_noise and self.context_noise == 0:
             raise ValueError("compat.uniform_noise is set but context_noise is 0")
-        if self.estimator == "policy" and self.group_size < 2:
-            raise ValueError("group_size is 1; the policy estimator compares at least 2 samples of an image")
+        if self.context_noise_source == "model":
+            if self.context_noise == 0:
+                raise ValueError("context_noise_source is model but context_noise is 0")
+            if self.compat.uniform_noise:
+                raise ValueError("compat.uniform_noise is set but context_noise_source is model")
+        if self.estimator != "first_order" and self.group_size < 2:
+            raise ValueError(f"group_size is 1; the {self.estimator} estimator compares at least 2 samples of an image")
+        if self.estimator != "policy":
+            default = type(self).model_fields
+            for name in ("baseline", "scale_by_std", "advantage_clip"):
+                if (value := getattr(self, name)) != default[name].default:
+                    raise ValueError(f"{name} is {value}, which is for estimator policy; estimator is {self.estimator}")
+        if self.estimator == "both":
+            if self.credit != "image":
+                raise ValueError(f"credit is {self.credit}, but the estimator both has advantages by image alone")
+            if self.compat.rollout_in_eval:
+                raise ValueError("compat.rollout_in_eval makes ratios that are not 1, which estimator both needs")
         if self.estimator == "first_order":
             if self.credit != "image":
                 raise ValueError(f"credit is {self.credit}, but the first_order estimator has no advantages to credit")
@@ -110,9 +135,9 @@ class Rollout:
     samples: Tensor
     """Int64 (B,G,N), drawn per position from the teacher-forced posterior."""
     advantages: Tensor | None = None
-    """Float32 (B,G), or (B,G,N) where the credit is not by image; with the policy estimator."""
+    """Float32 (B,G), or (B,G,N) where the credit is not by image; not with the first-order estimator."""
     gradients: Tensor | None = None
-    """Float32 (B,G,N,C), of each sample's error at its code vectors; with the first-order estimator."""
+    """Float32 (B,G,N,C), of each sample's error at its code vectors; not with the policy estimator."""
     old_log_probs: Tensor | None = None
     """Float32 (B,G,N), of the samples when they were drawn; none until the pass that drew them has been scored."""
     reference_log_probs: Tensor | None = None
@@ -162,8 +187,11 @@ class VaPi(GeneratorMethod):
         rollout = Rollout(targets, context, condition, samples)
         scored = settings.reward, self.tokenizer, samples, batch.images, self.perceptual
         with self.stages("reward"):
-            if settings.estimator == "first_order":
+            if settings.estimator != "policy":
                 rewards, rollout.gradients = code_rewards(*scored)
+                if settings.estimator == "both":
+                    vectors = self.tokenizer.code_vectors()[samples]
+                    rollout.advantages = objective.residual_advantages(rewards.total, rollout.gradients, vectors)
             else:
                 rewards = pixel_rewards(*scored, local=settings.credit != "image")
                 rollout.advantages = self._advantages(rewards)
@@ -193,6 +221,7 @@ class VaPi(GeneratorMethod):
                 tokens = torch.cat([rollout.samples, tokens], dim=1)
             log_probs = objective.token_log_probs(logits, tokens)
             log_probs, true_log_probs = log_probs[:, :-1], log_probs[:, -1]
+            loss, metrics = torch.zeros((), device=logits.device), {}
             if rollout.advantages is not None:
                 if rollout.old_log_probs is None:
                     rollout.old_log_probs = log_probs.detach()  # of this very pass, so that the first ratio is 1
@@ -200,10 +229,11 @@ class VaPi(GeneratorMethod):
                     log_probs, rollout.old_log_probs, rollout.advantages, clip_range=settings.clip_range
                 )
                 metrics = {"policy_loss": loss.detach(), **metrics}
-            else:
-                assert rollout.gradients is not None
-                loss = objective.first_order_loss(logits, self.tokenizer.code_vectors(), rollout.gradients)
-                metrics = {"first_order_loss": loss.detach()}
+            if rollout.gradients is not None:
+                linear = objective.first_order_loss(logits, self.tokenizer.code_vectors(), rollout.gradients)
+                # The policy's term is a mean over the tokens; beside it this one must be, too.
+                loss = loss + linear / logits.shape[1] if settings.estimator == "both" else linear
+                metrics["first_order_loss"] = linear.detach()
             cross_entropy = -true_log_probs.mean()
             metrics["cross_entropy"] = cross_entropy.detach()
             if settings.prior_weight > 0:
@@ -220,16 +250,24 @@ class VaPi(GeneratorMethod):
 
     def _teach(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Any]:
         """Targets x*, noisy context x̃* (Eq. 28) and the condition, dropped for some images."""
+        settings = self.settings
         targets = context = self.encode(batch)
-        if self.settings.context_noise > 0:
-            context = objective.corrupt(
-                targets,
-                self.settings.context_noise,
-                self.model.vocab_size,
-                uniforms=self.uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE),
-                exclude_true=not self.settings.compat.uniform_noise,
-            )
-        return targets, context, self.model.drop_condition(batch.condition, self.drop(batch, step))
+        condition = self.model.drop_condition(batch.condition, self.drop(batch, step))
+        if settings.context_noise > 0:
+            draws = self.uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE)
+            if settings.context_noise_source == "model":
+                logits = self._logits_in_eval(targets, condition)
+                own = objective.sample_tokens(logits, 1, uniforms=draws[:, None, :, 1])[:, 0]
+                context = torch.where(draws[..., 0] < settings.context_noise, own, targets)
+            else:
+                context = objective.corrupt(
+                    targets,
+                    settings.context_noise,
+                    self.model.vocab_size,
+                    uniforms=draws,
+                    exclude_true=not self.settings.compat.uniform_noise,
+                )
+        return targets, context, condition
 
     def _pass(self, context: Tensor, condition: Any) -> Tensor:
         """The one pass that carries the gradient."""
@@ -253,10 +291,11 @@ class VaPi(GeneratorMethod):
     def _advantages(self, rewards: objective.Rewards) -> Tensor:
         """(B,G), or (B,G,N) where the credit is not by image."""
         clip = self.settings.advantage_clip
-        by_image = objective.group_advantages(rewards.total, clip=clip)
+        how: Any = {"clip": clip, "baseline": self.settings.baseline, "scale_by_std": self.settings.scale_by_std}
+        by_image = objective.group_advantages(rewards.total, **how)
         if rewards.maps is None:
             return by_image
-        by_token = objective.local_advantages(rewards.maps, clip=clip)
+        by_token = objective.local_advantages(rewards.maps, **how)
         return by_token if self.settings.credit == "local" else (by_token + by_image.unsqueeze(-1)) / 2
 
 
@@ -267,6 +306,6 @@ def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:
         **parts(recipe, num_classes, device, reference=settings.has_start),
         perceptual=load_reward_network(settings.reward, device),
     )
-    if settings.estimator == "first_order":
+    if settings.estimator != "policy":
         method.tokenizer.code_vectors()  # refused now where there are none
     return method

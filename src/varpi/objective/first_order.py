@@ -45,6 +45,32 @@ def first_order_loss(logits: Tensor, codebook: Tensor, gradients: Tensor) -> Ten
     return _ExpectedValue.apply(logits, codebook.detach(), mean)  # pyright: ignore[reportReturnType]  (untyped)
 
 
+def residual_advantages(rewards: Tensor, gradients: Tensor, vectors: Tensor) -> Tensor:
+    """What the first-order values leave to the policy gradient, as leave-one-out advantages (B,G).
+
+    Sample i is held against the linear reward h(x) = -Σ ḡ · e_x, with ḡ the mean gradient of the *other* samples, which
+    does not depend on x_i: its advantage is R_i - h(x_i), minus the mean of R_j - h(x_j) over the others. With these
+    advantages the policy gradient and that of the expected h together are an unbiased gradient of the expected reward:
+    h is a control variate (MuProp, arXiv 1511.05176), and the mean of the G expected h is minus `first_order_loss`.
+
+    Args:
+        rewards: (B,G), G >= 2.
+        gradients: (B,G,N,C) of the samples' errors, at their own vectors.
+        vectors: (B,G,N,C), the code vectors of the samples.
+
+    Raises:
+        VarpiError: fewer than two samples in a group.
+    """
+    group_size = rewards.shape[1]
+    if group_size < 2:
+        raise VarpiError(f"residual_advantages: rewards have shape {tuple(rewards.shape)}; (B,G) with G >= 2 is needed")
+    products = torch.einsum("bjnc,bknc->bjk", gradients.double(), vectors.double())  # gradient of j, sample k
+    others = (products.sum(dim=1, keepdim=True) - products) / (group_size - 1)  # [i,k]: mean gradient without i's
+    residuals = rewards.double()[:, None] + others
+    own = residuals.diagonal(dim1=1, dim2=2)
+    return (own - (residuals.sum(dim=2) - own) / (group_size - 1)).to(rewards.dtype)
+
+
 class _ExpectedValue(torch.autograd.Function):
     """Saves the logits, not their softmax; the backward pass allocates their gradient and nothing else so large."""
 
