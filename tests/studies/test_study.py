@@ -319,6 +319,7 @@ def test_a_study_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     assert not (pieces / "out" / "study.json").exists()
     found = carry(pieces, text)
     assert found == expected
+    assert not [*(pieces / "out").rglob("checkpoints")]
     assert study.title in (pieces / "out" / "study.html").read_text()
     distances = [row["metrics"]["digits"]["frechet_distance"]["mean"] for row in found["rows"]]
     assert len({*distances}) == 3

@@ -248,7 +248,8 @@ class _Bench:
         place = f"{self._place(name, trial)}/seed-{seed}"
         rewards = {f"sha256 of {network}": sha256 for network, sha256 in self.rewards[name].items()}
         inputs = {**_kept(recipe), "seed": seed, **rewards, **begin.hashes, "device": self.device}
-        result = self.work(Job(f"train/{place}", train_variant, (recipe, self.device), inputs))
+        job = Job(f"train/{place}", train_variant, (recipe, self.device), inputs, spent="run/checkpoints")
+        result = self.work(job)
         if "diverged" in result:
             raise Diverged(f"{name}, seed {seed}: {result['diverged']}")
         model = str(self.output / "jobs" / "train" / place / "run" / RUN_MODEL)

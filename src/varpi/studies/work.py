@@ -7,6 +7,7 @@ holds a job's lock, so that one which a killed process had begun is free at once
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -63,6 +64,8 @@ class Job:
     arguments: tuple[Any, ...] = field(repr=False)
     inputs: Mapping[str, Any] = field(repr=False)
     """All that the result depends on, as JSON."""
+    spent: str = ""
+    """What in its folder only helped to get there, and goes once the result is written."""
 
 
 class Work:
@@ -205,6 +208,8 @@ def carry_out(output: Path, job: Job) -> dict[str, Any] | None:
         except ValueError:
             raise VarpiError(f"a result is not finite ({result!s:.200}); nothing was recorded") from None
         write_text(folder / "result.json", text + "\n")
+        if job.spent:
+            shutil.rmtree(folder / job.spent, ignore_errors=True)
     return json.loads(text)["result"]
 
 
