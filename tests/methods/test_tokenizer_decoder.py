@@ -126,9 +126,9 @@ def test_its_page_shows_the_tokenizer_before(pair: Path, tmp_path: Path, monkeyp
 
 def test_conditions_are_the_frozen_generators(pair: Path) -> None:
     method = build(recipe(pair))
-    assert torch.equal(prepare_condition(method, [0, 2]), torch.tensor([0, 2]))
+    assert torch.equal(prepare_condition(method, [0, 2], "cpu"), torch.tensor([0, 2]))
     with pytest.raises(VarpiError):
-        prepare_condition(method, ["a caption"])
+        prepare_condition(method, ["a caption"], "cpu")
 
 
 @pytest.mark.parametrize(
