@@ -39,7 +39,7 @@ def test_the_shapes_models_say_how_they_were_made() -> None:
             metadata = file.metadata()
         recipe = parse_recipe(yaml.safe_load(metadata["recipe"]), path.name)
         assert recipe.data.source == "shapes"
-        assert recipe.training.steps == int(metadata["step"])
+        assert 0 < int(metadata["step"]) <= recipe.training.steps
         assert re.fullmatch("[0-9a-f]{64}", metadata["trained_sha256"])
     everything = [*files, *(folder / "shapes-text").iterdir()]
     assert sum(path.stat().st_size for path in everything) < 12e6

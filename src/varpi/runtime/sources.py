@@ -63,7 +63,7 @@ def find(source: str | os.PathLike[str]) -> Path:
 
 
 def embedded(name: str, kind: str) -> Path:
-    """Weights in the package: a pair's "generator" or "tokenizer"; of the digits also "perceptual" and "judge"."""
+    """Weights in the package: a pair's "generator" or "tokenizer"; of some also "perceptual", "judge" or "detector"."""
     path = Path(str(importlib.resources.files("varpi.embedded") / f"{name}-{kind}.safetensors"))
     if not path.is_file():
         raise VarpiError(f"{path}: this varpi has no embedded {kind} {name!r}; give a checkpoint of your own")
