@@ -164,6 +164,9 @@ def test_what_is_chosen_is_chosen_on_the_validation_split(tmp_path: Path, stand_
     assert "learning rate 0.0001: 1.14; learning rate 0.0002: 0.641 (taken)" in text
     assert "by 10 samples of seed 999, which no figure uses, of the runs of training seed 0; 2 trials" in text
     assert "none for again" in text
+    plain, guided_table = text.partition("difference to")[0].split("each at its own best guidance scale</h3>")
+    assert [f">{name}<" in plain for name in ("Start", "cooler", "again")] == [False, True, True]  # cooler is just that
+    assert [f">{name}<" in guided_table for name in ("Start", "cooler", "again")] == [True, False, True]
 
 
 def test_what_each_row_costs_and_begins_with(tmp_path: Path, stand_ins: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ COSTS = (
 )
 """What stands beside the metrics of each row."""
 PLAIN, GUIDED = "without_guidance", "own_guidance"
-"""The two tables: rows as their variants say, and each trained one at the scale that suits it."""
+"""The two tables: rows as their variants say, with the start unless one is just that; each at the scale that suits it."""
 
 
 @dataclass
@@ -75,18 +75,12 @@ class Findings:
     device: str
 
     def of_table(self, which: str) -> list[StudyRow]:
-        """The rows of a table that have numbers. A variant that only samples with guidance stands in both."""
-        rows = [row for row in self.rows if not row.diverged and not self._is_said_twice(row)]
-        if which == PLAIN:
-            return [row for row in rows if not row.guided]
-        if not any(row.guided for row in self.rows):
-            return []
-        return [row for row in rows if row.guided or (not row.trained and row.sampling["guidance_scale"] > 1)]
-
-    def _is_said_twice(self, row: StudyRow) -> bool:
-        """The start has rows of its own unless a variant is just that."""
-        others = (other for other in self.rows if not other.trained and other.name != START)
-        return row.name == START and any(other.sampling == row.sampling for other in others)
+        """The rows of a table that have numbers."""
+        rows = [row for row in self.rows if not row.diverged]
+        if which == GUIDED:
+            return [row for row in rows if row.guided]
+        others = [row.sampling for row in rows if not row.trained and row.name != START]
+        return [row for row in rows if not row.guided and not (row.name == START and row.sampling in others)]
 
     @property
     def start(self) -> StudyRow:
@@ -205,8 +199,8 @@ def _paragraph(findings: Findings) -> str:
     sentences = [
         study.paragraph.strip(),
         f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of "
-        f"{len(protocol.sampling_seeds)} sampling seeds against {count} images of {study.data.source} "
-        f"({_short(protocol.split)}), by networks that reward none of the methods.",
+        f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)} against {count} "
+        f"images of {study.data.source} ({_short(protocol.split)}), by networks that reward none of the methods.",
     ]
     if choice is not None:
         trials = max((len(variant.tune) for variant in study.variants.values()), default=0)
