@@ -30,7 +30,7 @@ COSTS = (
 )
 """What stands beside the metrics of each row."""
 PLAIN, GUIDED = "without_guidance", "own_guidance"
-"""The two tables: rows as their variants say, with the start unless one is just that; each at the scale that suits it."""
+"""The two tables: rows as their variants say, with the start unless one is just that; each at its own best scale."""
 
 
 @dataclass
