@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises again for a dead worker whenever a child ends
         code, lines = _explain(error, options.command)
         text = f"varpi {options.command}: " + "\n".join(map(printable, lines))
         with last_words(text) as ours:
