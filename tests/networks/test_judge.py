@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from varpi.data import open_dataset
@@ -10,6 +12,7 @@ from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
 from varpi.networks.convnet import SmallConvNet, load_classifier, save_classifier
 from varpi.networks.judges import embed, load_judge
+from varpi.recipe import load_recipe
 from varpi.weights import embedded
 
 
@@ -117,6 +120,19 @@ def test_batch_normalization_keeps_its_statistics(tmp_path):
     loaded = load_classifier(tmp_path / "batch.safetensors")
     assert torch.equal(loaded.logits(x), network.eval().logits(x))
     assert not torch.allclose(loaded.logits(x), fresh)
+
+
+def test_the_judge_of_photographs_carries_its_recipe():
+    judge = load_judge("cifar10")
+    assert (judge.num_classes, sum(p.numel() for p in judge.parameters())) == (10, 843_114)
+    with safe_open(embedded("cifar10", "judge"), "pt") as file:
+        made_by = yaml.safe_load(file.metadata()["recipe"])
+    shipped = load_recipe("cifar10-judge").model_dump(mode="json")
+    assert {key: made_by[key] for key in ("method", "optimizer", "seed")} == {
+        key: shipped[key] for key in ("method", "optimizer", "seed")
+    }
+    assert made_by["data"]["split"].replace(" ", "") == shipped["data"]["split"].replace(" ", "")
+    assert made_by["training"]["steps"] == shipped["training"]["steps"]
 
 
 def test_load_classifier_refuses_other_files(tmp_path):
