@@ -146,14 +146,12 @@ def test_encode(place: Place) -> None:
         assert json.loads(file.metadata()["varpi"])["fingerprint"] == dataset.fingerprint
 
 
-def test_encode_leaves_out_what_it_cannot_read(place: Place) -> None:
+def test_encode_leaves_out_what_it_cannot_read(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     images = tiny.images(place / "images", per_class=3)
     (images / "b" / "1.png").write_bytes(b"no image")
     assert main([str(a) for a in place.encode(data=images)]) == 0
-    said = place.capsys.readouterr()
-    assert said.out.startswith("wrote the tokens of 8 of 9 images")
-    assert said.err.startswith("skipped: ")
-    assert str(images / "b" / "1.png") in said.err
+    assert place.capsys.readouterr().out.startswith("wrote the tokens of 8 of 9 images")
+    assert f"{images}: left out 1 of 9 images: 1 unreadable ({images / 'b' / '1.png'}: " in caplog.text
     assert load_file(place / "tokens.safetensors")["indices"].tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
@@ -345,10 +343,8 @@ def test_unreadable_data(place: Place) -> None:
     images = tiny.images(place / "images")
     for path in images.rglob("*.png"):
         path.write_bytes(path.read_bytes()[:30])
-    main([str(argument) for argument in place.encode(data=images)])
-    said = place.capsys.readouterr().err.splitlines()
-    assert len(said) == 25  # each image that was skipped, and then
-    assert said[-1] == f"varpi encode: {images}: none of its 24 images could be read"
+    said = place.refused(*place.encode(data=images))
+    assert f"{images}: none of its 24 images can be used: 24 unreadable ({images / 'a' / '0.png'}: " in said
     assert not (place / "tokens.safetensors").exists()
     assert main(place.train(f"data.source={images}")) == 2
     said = place.capsys.readouterr().err.splitlines()

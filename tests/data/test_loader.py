@@ -3,6 +3,7 @@ import multiprocessing
 import subprocess
 import sys
 from itertools import islice, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_substitutes_depend_on_seed_and_step_alone() -> None:
     one, other = (Batches(numbers, batch_size=10, seed=0, max_bad_fraction=1) for _ in range(2))
     backwards = {step: one.at(step) for step in (5, 4, 3, 2, 1, 0)}
     assert all(_same(backwards[step], other.at(step)) for step in range(6))
+
+
+def test_a_worker_that_dies_while_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection breaks before torch sees that the worker is gone."""
+
+    class Broken(torch.utils.data.DataLoader):
+        def __iter__(self) -> Any:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("varpi.data.loader.DataLoader", Broken)
+    with pytest.raises(RuntimeError, match=r"a DataLoader worker broke off: .*Connection reset by peer"):
+        next(Batches(Numbers(10), batch_size=4, seed=0, workers=1).from_step(0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

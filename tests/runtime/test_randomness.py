@@ -55,6 +55,7 @@ def test_the_table_of_streams():
         "STREAM_FILES": 6,
         "REPORT_SAMPLES": 7,
         "NEGATIVE_CLASS": 8,
+        "SHIFT": 9,
         "GENERATION": 0x5A3B,
         "SCENES": 0x5CE7,
         "ALIGNMENT_ORDER": 0xA110,

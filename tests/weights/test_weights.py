@@ -326,7 +326,7 @@ def refused(source: Any, message: str, **settings: Any) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     refused(tmp_path / "c2i_XXL_384.pt", r"c2i_XXL_384.pt: no such file or directory, and neither a Hub id")
-    refused("digit", r"digit: no such file or directory.*nor embedded \(digits, cifar10\)")
+    refused("digit", r"digit: no such file or directory.*nor embedded \(digits, cifar10, shapes\)")
     (tmp_path / "weights.npz").touch()
     refused(tmp_path / "weights.npz", "weights.npz: not a checkpoint file; the name must end in one of .safetensors")
     refused({}, "state dict: holds no tensors")

@@ -214,8 +214,11 @@ class Batches(Counts):
             generator=torch.Generator(),  # its own: otherwise it would draw from the global one, and change the run
             worker_init_fn=_leave_signals_to_parent,
         )
-        for loaded in loader:
-            yield self._checked(loaded)
+        try:
+            for loaded in loader:
+                yield self._checked(loaded)
+        except (OSError, EOFError) as error:  # it was killed while it was sending, before torch saw that
+            raise RuntimeError(f"a DataLoader worker broke off: {error}") from error
 
     def from_cursor(self, cursor: int) -> Generator[Batch, None, None]:
         """`from_step`: a cursor is the number of the next batch."""
