@@ -172,6 +172,13 @@ def test_not_a_t5(broken: Path, config: Any) -> None:
     refused(broken, rf"broken: is a model of type {'.bert.' if 'model_type' in config else None}; .* must be a T5")
 
 
+@pytest.mark.parametrize("extra", [999999999, -1, "100"])
+def test_a_tokenizer_that_makes_too_many_tokens_up(broken: Path, extra: Any) -> None:
+    path = broken / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_ids": extra}))
+    refused(broken, rf"broken: its tokenizer_config.json asks for {extra!r} extra_ids; a T5 has 100")
+
+
 def test_a_weight_is_missing(broken: Path) -> None:
     weights = load_file(broken / "model.safetensors")
     del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]

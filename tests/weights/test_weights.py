@@ -181,6 +181,10 @@ def test_sharded_safetensors(generator: LlamaGen, tmp_path: Path) -> None:
     (tmp_path / "part-1.safetensors").unlink()
     with pytest.raises(VarpiError, match=r"its shard part-1.safetensors is missing"):
         load_generator(tmp_path, architecture=CONFIG)
+    index.write_text(json.dumps({"weight_map": {"tok_embeddings.weight": f"part-{'9' * 5000}.safetensors"}}))
+    with pytest.raises(VarpiError, match=r"its shard part-9{195}… is missing$"):
+        load_generator(tmp_path, architecture=CONFIG)
+    index = sharded(tmp_path, to_original(generator))
     save_file({"other": torch.zeros(1)}, tmp_path / "part-1.safetensors")
     with pytest.raises(VarpiError, match=r"9 listed tensors are in no shard: tok_embeddings.weight"):
         load_generator(tmp_path, architecture=CONFIG)

@@ -92,16 +92,16 @@ def _load(folder: Path, where: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except ImportError as error:
         raise VarpiError(f"the text encoder needs {error.name}: pip install 'varpi[text]'") from error
     disable_progress_bar()  # of a second's work, amid the lines of a run
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise VarpiError(f"{where}: holds no config.json; expected a T5 in transformers' layout") from error
-    except (OSError, ValueError) as error:
-        raise VarpiError(f"{where}: its config.json cannot be read ({line(error)})") from error
+    config = _read(folder, "config.json", where)
+    if config is None:
+        raise VarpiError(f"{where}: holds no config.json; expected a T5 in transformers' layout")
     if (kind := config.get("model_type") if isinstance(config, dict) else None) != "t5":
         raise VarpiError(f"{where}: is a model of type {kind!r}; the text encoder must be a T5")
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty tokenizer up
         raise VarpiError(f"{where}: holds no tokenizer ({' or '.join(_VOCABULARIES)})")
+    settings = _read(folder, "tokenizer_config.json", where)
+    if isinstance(settings, dict) and not _few_enough(extra := settings.get("extra_ids", 0)):
+        raise VarpiError(f"{where}: its tokenizer_config.json asks for {extra!r:.40} extra_ids; a T5 has 100")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, padding_side="right", truncation_side="right", local_files_only=True, trust_remote_code=False
@@ -123,6 +123,21 @@ def _load(folder: Path, where: str, dtype: torch.dtype) -> tuple[Any, Any]:
             "they do not belong together"
         )
     return tokenizer, model
+
+
+def _read(folder: Path, name: str, where: str) -> Any:
+    """What a JSON file holds; None where there is no such file."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise VarpiError(f"{where}: its {name} cannot be read ({line(error)})") from error
+
+
+def _few_enough(extra: Any) -> bool:
+    """Whether transformers may make that many tokens up, each a string."""
+    return isinstance(extra, int) and 0 <= extra <= 2**16
 
 
 def _folder(source: str) -> Path:

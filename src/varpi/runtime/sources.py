@@ -33,9 +33,10 @@ SIDE_FILES = (
 
 
 def few(names: Iterable[object], most: int = 5) -> str:
-    """The first of them on one line, separated by commas; names come from files and can hold anything."""
+    """The first of them on one line, separated by commas; names come from files, hold anything and end never."""
     names = list(names)
-    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+    shown = [f"{text[:200]}…" if len(text := printable(name)) > 200 else text for name in names[:most]]
+    return ", ".join(shown) + (", …" if len(names) > most else "")
 
 
 def find(source: str | os.PathLike[str]) -> Path:

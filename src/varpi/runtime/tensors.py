@@ -122,7 +122,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
     for name in shards:
         shard = index.parent / name
         if not os.path.isfile(shard):
-            raise VarpiError(f"{index}: its shard {name} is missing")
+            raise VarpiError(f"{index}: its shard {few([name])} is missing")
         content |= _read_safetensors(shard)[0] if shard.suffix == ".safetensors" else _read_pickle(shard)
     if absent := [tensor for listed in shards.values() for tensor in listed if tensor not in content]:
         raise VarpiError(f"{index}: {len(absent)} listed tensors are in no shard: {few(absent)}")
