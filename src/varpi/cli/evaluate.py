@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
     group = parser.add_argument_group("distribution and alignment")
     group.add_argument(
-        "--features", default="inception", help="inception, dinov2, efficientnet-lite0, digits or cifar10"
+        "--features", default="inception", help="inception, dinov2, efficientnet-lite0, digits or cifar10 (%(default)s)"
     )
     group.add_argument("--weights", metavar="FILE", help="of the network (default: its cache, or a download)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
