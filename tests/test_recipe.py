@@ -11,6 +11,7 @@ import yaml
 from varpi.errors import VarpiError
 from varpi.methods.va_pi import Settings as VaPi
 from varpi.recipe import Recipe, load_recipe, parse_recipe, read_yaml, shipped_recipes
+from varpi.studies.demo import MODELS
 
 VALUES: dict[str, Any] = {
     "method": {"name": "va_pi"},
@@ -102,9 +103,11 @@ def test_a_stream_has_no_caption_features() -> None:
         load_recipe("llamagen-t2i-xl", ["data.shuffle_buffer=10"])
 
 
-def test_the_control_of_the_demo_differs_in_its_method_alone() -> None:
-    tuned, control = (load_recipe(name).model_dump() for name in ("digits", "digits-next-token"))
-    assert {key for key in tuned if tuned[key] != control[key]} == {"method"}
+def test_the_trainings_of_the_demo_differ_in_their_method_alone() -> None:
+    tuned, *others = (load_recipe(model.recipe).model_dump() for model in MODELS.values())
+    assert len(others) == 2
+    for other in others:
+        assert {key for key in tuned if tuned[key] != other[key]} == {"method"}
 
 
 def test_defaults_are_filled_in_and_written_out() -> None:

@@ -11,41 +11,56 @@ from varpi.errors import VarpiError
 from varpi.evaluation import measure, summarize
 from varpi.networks.judges import embed, load_judge
 from varpi.sampling.generate import generate
-from varpi.studies import demo as module
-from varpi.studies.demo import demo
+from varpi.studies.demo import ROWS, _verdict, demo
 from varpi.weights import load_generator, load_tokenizer
 
 MEASURED = {"frechet_distance", "precision", "recall", "class_agreement"}
 
 
 @pytest.mark.timeout(900)  # a minute of processor time
-def test_what_a_demo_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(module, "TEMPERATURES", (0.8,))
-    monkeypatch.setattr(module, "GUIDANCE_SCALES", (2.0,))
+def test_what_a_demo_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     page = demo(tmp_path / "demo", steps=1, samples=50, seeds=2)
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
-    rows = {name: metrics[name] for name in ("base", "base_best_temperature", "base_guided", "control", "tuned")}
+    rows = {name: metrics[name] for name in ROWS}
     assert set(metrics) == {*rows, "settings"}
+    assert {"base", "control", "tuned"} <= set(rows)
     assert all(row.keys() == MEASURED and all(len(pair) == 2 for pair in row.values()) for row in rows.values())
-    assert len({row["frechet_distance"][0] for row in rows.values()}) == 5  # five models, or ways to sample
+    assert len({row["frechet_distance"][0] for row in rows.values()}) == 7  # seven models, or ways to sample
     assert (metrics["settings"]["samples"], metrics["settings"]["sampling_seeds"]) == (50, [1000, 1001])
-    assert (metrics["settings"]["steps"], metrics["settings"]["temperature"]) == (1, 0.8)
+    assert metrics["settings"]["steps"] == 1
+    assert metrics["settings"]["sampling"]["base_best_temperature"] == {"temperature": 0.8}
     assert metrics["base"] == by_hand(50, (1000, 1001))
+    assert metrics["va_pi_guided"] == by_hand(50, (1000, 1001), tmp_path / "demo" / "va_pi", guidance_scale=1.5)
     text = page.read_text()
     assert "varpi demo --steps 1 --samples 50 --seeds 2" in text
-    assert text.count("data:image/") == 3 + 4 + text.count('rel="icon" href="data:image/')  # grids, reconstructions
+    assert text.index("no gain that this run can show") < text.index("Without guidance") < text.index("With guidance,")
+    assert text.count('<tr class="of-interest">') == 1
+    assert text.count("data:image/") == 4 + 4 + text.count('rel="icon" href="data:image/')  # grids, reconstructions
     assert "trained tuned" in (said := capfd.readouterr().err)
-    assert "measured base, temperature 0.8, seed 1001" in said
-    for name in ("control", "tuned"):
+    assert "measured base_best_temperature, seed 1001" in said
+    for name in ("control", "va_pi", "tuned"):
         assert (tmp_path / "demo" / name / "model.safetensors").is_file()
 
 
-def by_hand(count: int, seeds: tuple[int, ...]) -> dict[str, list[float]]:
-    """The base's row, in this process."""
-    generator, tokenizer, judge = load_generator("digits"), load_tokenizer("digits"), load_judge()
+def test_the_verdict_follows_the_numbers() -> None:
+    def of(tuned: float) -> str:
+        results = {"base": [0.42, 0.01], "control": [0.36, 0.02], "tuned": [tuned, 0.02]}
+        return _verdict({name: {"frechet_distance": pair} for name, pair in results.items()})
+
+    assert of(0.25).startswith("Fréchet distance without guidance, lower is better: 0.420 ± 0.010 as pretrained")
+    assert "a clear gain" in of(0.25)
+    assert "no gain that this run can show" in of(0.31)  # within twice the spread of the control
+    assert "no gain that this run can show" in of(0.5)
+
+
+def by_hand(
+    count: int, seeds: tuple[int, ...], source: str | Path = "digits", **sampling: float
+) -> dict[str, list[float]]:
+    """A model's row, in this process."""
+    generator, tokenizer, judge = load_generator(source), load_tokenizer("digits"), load_judge()
     digits, classes = open_dataset("digits", image_size=32, split="test"), torch.arange(10).repeat(count // 10)
     real = embed(judge, torch.stack([digits[i].image for i in range(len(digits))]))[0]
-    made = [tokenizer.decode(generate(generator, classes, seed=seed)) for seed in seeds]
+    made = [tokenizer.decode(generate(generator, classes, seed=seed, **sampling)) for seed in seeds]
     summary = summarize([measure(images.detach(), classes, judge, real) for images in made])
     return {name: pytest.approx(pair, rel=1e-3, abs=1e-3) for name, pair in summary.items()}
 

@@ -25,6 +25,8 @@ class Page:
     """What was done, in one paragraph."""
     command: str
     """The exact command that makes this page again."""
+    verdict: str = ""
+    """What was found, in a sentence or two with its uncertainty."""
     table: Sequence[TableRow] = ()
     """Results, before and after; columns come in the order of `COLUMNS`."""
     results: Sequence[NamedResult] = ()

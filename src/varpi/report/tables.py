@@ -17,6 +17,8 @@ class TableRow(NamedTuple):
     name: str
     metrics: Mapping[str, Sequence[float] | float]
     note: str = ""
+    of_interest: bool = False
+    """Whether this is what the page is about: its line is marked, whatever its numbers."""
 
 
 class ClassChanges(NamedTuple):
@@ -93,7 +95,15 @@ def table(
         shown, digits = mean_and_std(mean, error)
         return Cell(_minus(shown), "", digits, is_best)
 
-    cells = [{"name": row.name, "note": row.note, "cells": [cell(row, name) for name in names]} for row in rows]
+    cells = [
+        {
+            "name": row.name,
+            "note": row.note,
+            "of_interest": row.of_interest,
+            "cells": [cell(row, name) for name in names],
+        }
+        for row in rows
+    ]
     shown = [cell for row in cells for cell in row["cells"] if cell is not None]
     return ResultTable(
         title,
