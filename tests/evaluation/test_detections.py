@@ -35,6 +35,8 @@ def test_detections_to_a_file_and_back(tmp_path: Path) -> None:
         ('{"a": {"detections": {"dog": []}, "colors": {"dog": ["red"]}}}', "one for each of its boxes"),
         ('{"a": {"detections": {}, "colors": ["red"]}}', "one for each of its boxes"),
         ('{"a": {"detections": {"d": [[1, 2, 3, 4, 1]]}, "colors": {"d": ["mauve"]}}}', "'mauve' is none of GenEval's"),
+        (f'{{"{"n" * 999}": {{"detections": {{}}, "colors": {{"{"d" * 999}": 3}}}}}}', "^.{1,600}$"),
+        (f'{{"a": {{"detections": {{"d": {[[0] * 999]}}}}}}}', "^.{1,400}$"),
         ('{"x/a/b/c": {"detections": {}}, "y/a/b/c": {"detections": {}}}', "two images with the same last three parts"),
     ],
 )

@@ -352,6 +352,7 @@ def test_a_model_that_only_understands_images_is_refused(original: Pretrained) -
             {"text_config": {"model_type": "llama", "hidden_size": 2**62, "num_hidden_layers": 1}},
             "config.json describe",
         ),
+        ({"vision_config": {"hidden_act": "geeelu"}}, "no model is as config.json describes it: 'geeelu'"),
         ({"vision_config": {"num_image_tokens": 100}}, r"config.json says 100 image tokens, but a grid of 24x24"),
     ],
 )

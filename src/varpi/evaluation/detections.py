@@ -73,7 +73,7 @@ def read_detections(path: str | Path) -> dict[str, Found]:
         raise VarpiError(f"{path}: cannot be read as a JSON file of detections ({error})") from error
     if not isinstance(content, dict):
         raise VarpiError(f"{path}: is a JSON {type(content).__name__}; expected an object with a key for each image")
-    found = {"/".join(Path(name).parts[-3:]): _found(value, f"{path}: {name}") for name, value in content.items()}
+    found = {"/".join(Path(name).parts[-3:]): _found(value, f"{path}: {name:.200}") for name, value in content.items()}
     if len(found) != len(content):
         raise VarpiError(f"{path}: holds two images with the same last three parts; keep one set of samples in a file")
     return found
@@ -92,12 +92,14 @@ def _found(value: Any, where: str) -> Found:
     for name, boxes in detections.items():
         for box in boxes if isinstance(boxes, list) else [boxes]:
             if not isinstance(box, list) or len(box) != 5 or not all(_is_number(part) for part in box):
-                raise VarpiError(f"{where}: {name!r} has the box {box!r}; expected [x1, y1, x2, y2, score]")
+                raise VarpiError(f"{where}: {name!r:.80} has the box {box!r:.80}; expected [x1, y1, x2, y2, score]")
     for name, seen in colors.items() if isinstance(colors, dict) else [("", colors)]:
         if not isinstance(seen, list) or len(seen) != len(detections.get(name, [])):
-            raise VarpiError(f"{where}: the colours of {name!r} are {seen!r}; expected one for each of its boxes")
+            raise VarpiError(
+                f"{where}: the colours of {name!r:.80} are {seen!r:.80}; expected one for each of its boxes"
+            )
         if unknown := [color for color in seen if color is not None and color not in GENEVAL_COLORS]:
-            raise VarpiError(f"{where}: {unknown[0]!r} is none of GenEval's colours ({', '.join(GENEVAL_COLORS)})")
+            raise VarpiError(f"{where}: {unknown[0]!r:.80} is none of GenEval's colours ({', '.join(GENEVAL_COLORS)})")
     return Found(detections, colors)
 
 

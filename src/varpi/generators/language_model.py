@@ -60,7 +60,7 @@ def on_meta(source: Pretrained, *parts: Any) -> Iterator[None]:
     try:
         with torch.device("meta"):
             yield
-    except (RuntimeError, OverflowError, TypeError, ValueError, ArithmeticError) as error:
+    except (RuntimeError, OverflowError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         if isinstance(error, VarpiError):
             raise
         message = " ".join(str(error).split())
