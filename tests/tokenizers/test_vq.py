@@ -5,6 +5,7 @@ import torch
 from golden import golden, original_state
 from torch import nn
 
+from varpi.errors import VarpiError
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import load_tokenizer
 
@@ -47,3 +48,9 @@ def test_the_gradient_passes_straight_through_the_codes() -> None:
     leaf = codes.detach().requires_grad_()
     (to_codes,) = torch.autograd.grad(tokenizer.decode_codes(leaf).square().sum(), leaf)
     torch.testing.assert_close(to_latents, to_codes, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(64, dtype=torch.int64), torch.zeros(1, 63).long(), torch.zeros(1, 64)])
+def test_tokens_that_are_no_square_of_whole_numbers(tokens: torch.Tensor) -> None:
+    with pytest.raises(VarpiError, match=rf"VQ.decode: tokens are {tokens.dtype} .*int64 \(B, N\) with N a square"):
+        load_tokenizer("digits").decode(tokens)

@@ -162,6 +162,7 @@ def test_dtypes_and_devices_by_name() -> None:
             state, rf"dtype is {wrong}; weights need a floating-point one", architecture=tiny.GENERATOR, dtype=wrong
         )
     refused(state, "device is 'gpu'; expected cpu, cuda or cuda:N", architecture=tiny.GENERATOR, device="gpu")
+    refused(state, r"device is 'cuda:99'; torch can use \d+ CUDA", architecture=tiny.GENERATOR, device="cuda:99")
 
 
 # -- equal bytes

@@ -217,6 +217,8 @@ def fill(
         device = torch.device(device)
     except RuntimeError as error:
         raise VarpiError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise VarpiError(f"device is '{device}'; torch can use {torch.cuda.device_count()} CUDA device(s) here")
     expected = {name_in_file(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
     problems = {
         "missing": [name for name in expected if name not in tensors],

@@ -42,7 +42,7 @@ MARK = "demo.json"
 
 
 @dataclass(frozen=True)
-class Model:
+class DemoModel:
     label: str
     recipe: str
     note: str
@@ -50,7 +50,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     label: str
     note: str
     model: str | None = None
@@ -59,9 +59,9 @@ class Row:
 
 
 MODELS = {
-    "tuned": Model("VA-π, best setting", "digits-best", "first-order reward of 2 samples an image, guided prior"),
-    "va_pi": Model("VA-π", "digits", "as in the paper, 8 samples an image", ("method.group_size=8",)),
-    "control": Model("Cross-entropy alone", "digits-next-token", "the control"),
+    "tuned": DemoModel("VA-π, best setting", "digits-best", "first-order reward of 2 samples an image, guided prior"),
+    "va_pi": DemoModel("VA-π", "digits", "the paper's form, 8 samples an image", ("method.group_size=8",)),
+    "control": DemoModel("Cross-entropy alone", "digits-next-token", "the control"),
 }
 """What is trained, the longest first."""
 
@@ -70,20 +70,20 @@ GUIDANCE = {"base": 2.0, "va_pi": 1.5}
 """The best on the validation split, of those that `varpi study digits` tries."""
 
 ROWS = {
-    "base": Row("Base", "as pretrained, temperature 1, no guidance"),
-    "base_best_temperature": Row(
+    "base": DemoRow("Base", "as pretrained, temperature 1, no guidance"),
+    "base_best_temperature": DemoRow(
         f"Base, temperature {TEMPERATURE}", "the best on validation digits", None, {"temperature": TEMPERATURE}
     ),
-    "control": Row(MODELS["control"].label, MODELS["control"].note, "control"),
-    "va_pi": Row(MODELS["va_pi"].label, MODELS["va_pi"].note, "va_pi"),
-    "tuned": Row(MODELS["tuned"].label, MODELS["tuned"].note, "tuned"),
-    "base_guided": Row(
+    "control": DemoRow(MODELS["control"].label, MODELS["control"].note, "control"),
+    "va_pi": DemoRow(MODELS["va_pi"].label, MODELS["va_pi"].note, "va_pi"),
+    "tuned": DemoRow(MODELS["tuned"].label, MODELS["tuned"].note, "tuned"),
+    "base_guided": DemoRow(
         f"Base, guidance {GUIDANCE['base']}",
         "the best on validation digits",
         None,
         {"guidance_scale": GUIDANCE["base"]},
     ),
-    "va_pi_guided": Row(
+    "va_pi_guided": DemoRow(
         f"VA-π, guidance {GUIDANCE['va_pi']}",
         "the best on validation digits",
         "va_pi",

@@ -227,8 +227,10 @@ class VQ(Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B,N) of a square grid to float32 images (B,3,H,W), nominally in [-1,1], not clamped."""
         side = math.isqrt(tokens.shape[-1])
-        if tokens.ndim != 2 or side * side != tokens.shape[1]:
-            raise VarpiError(f"VQ.decode: tokens have shape {tuple(tokens.shape)}; they must be (B, N) with N a square")
+        if tokens.ndim != 2 or side * side != tokens.shape[1] or tokens.dtype != torch.int64:
+            raise VarpiError(
+                f"VQ.decode: tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be int64 (B, N) with N a square"
+            )
         codes = F.embedding(tokens, self.quantize.unit_codes()).to(self.post_quant_conv.weight.dtype)
         return self.decode_codes(codes.view(len(tokens), side, side, -1).permute(0, 3, 1, 2))
 

@@ -1,0 +1,74 @@
+"""The numbers in README and docs/results.md are those of the committed results."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("frechet_distance", "precision", "recall", "class_agreement")
+DEMO = {
+    "base": "base",
+    "base, temperature 0.8": "base_best_temperature",
+    "cross-entropy alone": "control",
+    "VA-π, the paper's form": "va_pi",
+    "**VA-π, best setting**": "tuned",
+    "base, guidance 2.0 (twice the sampling cost)": "base_guided",
+    "VA-π, the paper's form, guidance 1.5 (twice the sampling cost)": "va_pi_guided",
+}
+SEEDS = {
+    "cross-entropy alone": "next_token",
+    "VA-π, the paper's form, G = 16": "va_pi",
+    "first-order reward, G = 2": "first_order",
+    "first-order reward, G = 2, guided prior": "first_order_guided",
+}
+
+
+def table(document: str, heading: str) -> dict[str, list[str]]:
+    """Of the first table under a heading: first cell -> the other cells."""
+    text = (ROOT / document).read_text().split(f"\n## {heading}")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
+    return {row[0]: [cell.strip("* ") for cell in row[1:]] for row in rows}
+
+
+def shown(mean: float, spread: float) -> str:
+    return f"{mean:.3f} ± {spread:.3f}"
+
+
+def study() -> list[dict[str, Any]]:
+    return json.loads((ROOT / "docs/results/digits.json").read_text())["rows"]
+
+
+def scale(row: Mapping[str, Any]) -> float:
+    return row["sampling"]["guidance_scale"]
+
+
+def test_the_demo_in_the_readme() -> None:
+    results, stated = json.loads((ROOT / "docs/results/demo.json").read_text()), table("README.md", "What the demo")
+    assert {name: stated.get(name) for name in DEMO} == {
+        name: [shown(*results[row][column]) for column in COLUMNS] for name, row in DEMO.items()
+    }
+
+
+def test_the_training_seeds_in_the_readme() -> None:
+    stated = table("README.md", "What holds over training seeds")
+    operations = {row["name"]: row["cost"].get("operations") for row in study()}
+    for name, row in SEEDS.items():
+        of = {one["guided"]: one for one in study() if one["name"] == row}
+        plain, guided = (of[which]["metrics"]["digits"]["frechet_distance"] for which in (False, True))
+        assert stated[name] == [
+            shown(plain["mean"], plain["spread"]),
+            "the same: none" if scale(of[True]) == 1 else shown(guided["mean"], guided["spread"]),
+            f"{operations[row] / operations['va_pi']:.2f}".removesuffix(".00"),
+        ]
+
+
+def test_the_study_of_digits() -> None:
+    stated = table("docs/results.md", "Digits")
+    rows = [row for row in study() if row["name"] != "start" and not (row["guided"] and scale(row) == 1)]
+    assert len(rows) > 8
+    for row in rows:
+        spread = "spread" if row["trained"] else "sampling_spread"
+        metrics = row["metrics"]["digits"]
+        name = f"{row['label']}, guidance {scale(row)}" if row["guided"] else row["label"]
+        assert stated[name][:4] == [shown(metrics[one]["mean"], metrics[one][spread]) for one in COLUMNS], name
