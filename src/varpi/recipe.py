@@ -325,19 +325,23 @@ def load_recipe(name_or_path: str | Path, settings: list[str] | None = None) -> 
 
     Values of settings are YAML. Raises VarpiError with one line per mistake.
     """
-    where = str(name_or_path)
-    if where in shipped_recipes():
-        path = Path(str(importlib.resources.files("varpi.recipes") / f"{where}.yaml"))
-    else:
-        path = Path(where)
-        if not path.exists():
-            close = difflib.get_close_matches(where, shipped_recipes(), 1)
-            hint = f"did you mean {close[0]}?" if close else f"the shipped ones are {', '.join(shipped_recipes())}"
-            raise VarpiError(f"no recipe {where!r}: neither a file nor a shipped recipe; {hint}")
+    path = find_recipe(name_or_path)
     values = read_yaml(path)
     for setting in settings or []:
         apply_setting(values, setting)
     return parse_recipe(values, path.name)
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a shipped recipe, or one by its path."""
+    where = str(name_or_path)
+    if where in shipped_recipes():
+        return Path(str(importlib.resources.files("varpi.recipes") / f"{where}.yaml"))
+    if not Path(where).exists():
+        close = difflib.get_close_matches(where, shipped_recipes(), 1)
+        hint = f"did you mean {close[0]}?" if close else f"the shipped ones are {', '.join(shipped_recipes())}"
+        raise VarpiError(f"no recipe {where!r}: neither a file nor a shipped recipe; {hint}")
+    return Path(where)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

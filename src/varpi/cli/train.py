@@ -35,15 +35,18 @@ def add(commands: Any) -> None:
         "--resume", action="store_true", help="continue from the newest checkpoint in the run directory"
     )
     add_device(parser)
-    parser.add_argument("--print-recipe", action="store_true", help="print the complete recipe and stop")
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="print the complete recipe, with its comments, and stop"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    from varpi.recipe import load_recipe
+    from varpi.recipe import find_recipe, load_recipe
+    from varpi.runtime.strict_yaml import with_comments
 
     recipe = load_recipe(options.recipe, options.settings)
     if options.print_recipe:
-        print(recipe.to_yaml(), end="")
+        print(with_comments(recipe.to_yaml(), find_recipe(options.recipe).read_text(encoding="utf-8")), end="")
         return
     for section in (recipe.generator, recipe.tokenizer):
         if section is not None and section.source is not None:

@@ -4,6 +4,7 @@ Left out of YAML: aliases (a few of them can stand for 10^12 values), keys that 
 of which the first would be lost in silence.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -98,3 +99,38 @@ class _Loader(yaml.SafeLoader):
 
 def _refusal(problem: str, where: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
+
+def with_comments(text: str, source: str) -> str:
+    """`text` with the comments of `source` on keys that both have with the same value, and those that it begins with.
+
+    Both are YAML documents that `parse_yaml` reads.
+    """
+    theirs = {path: (value, comment) for path, value, _, comment in _pairs(source) if comment}
+    lines = text.splitlines()
+    for path, value, line, _ in _pairs(text):
+        if line is not None and path in theirs and theirs[path][0] == value:
+            lines[line] += f"  {theirs[path][1]}"
+    whole = source.splitlines()
+    head = whole[: next((i for i, line in enumerate(whole) if not line.startswith("#")), len(whole))]
+    return "".join(f"{line}\n" for line in [*head, *lines])
+
+
+def _pairs(text: str) -> Iterator[tuple[tuple[str, ...], Any, int | None, str]]:
+    """Of every key: its path, its value (none, if that is a mapping), the line that it shares with no part of another
+    key's value, and the comment there."""
+    lines, loader = text.splitlines(), _Loader(text)
+    rest: list[tuple[tuple[str, ...], Any]] = [((), loader.get_single_node())]
+    while rest:
+        path, node = rest.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            inner, line = (*path, key.value), key.start_mark.line
+            nested = isinstance(value, yaml.CollectionNode) and not value.flow_style
+            block = isinstance(value, yaml.ScalarNode) and value.style in ("|", ">")
+            whole = value.end_mark.line == line
+            end = value.end_mark.column if whole and not nested else key.end_mark.column
+            comment = "" if not (whole or nested or block) else lines[line][end:].partition(" #")[2]
+            mapping = isinstance(value, yaml.MappingNode)
+            plain = None if mapping else loader.construct_object(value, deep=True)
+            yield inner, plain, line if whole or nested else None, f"# {comment.strip()}" if comment else ""
+            rest.append((inner, value))
