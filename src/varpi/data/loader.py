@@ -174,6 +174,11 @@ class Batches(Counts):
         return self._dataset.class_names
 
     @property
+    def size(self) -> int:
+        """Images in the dataset."""
+        return len(self._dataset)
+
+    @property
     def fingerprint(self) -> str:
         """Of the dataset."""
         return self._dataset.fingerprint

@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from varpi.errors import VarpiError
+from varpi.errors import VarpiError, printable
 from varpi.recipe import Logging
 from varpi.runtime.files import line, write_text
 from varpi.runtime.processes import World
@@ -25,7 +26,11 @@ class Logger:
     """The main process's output. `start` is the step the run continues from; later lines of the log are dropped."""
 
     def __init__(self, run: Path, settings: Logging, steps: int, start: int, *, show: bool) -> None:
+        self._show = show
         self._steps = steps
+        self._start = start
+        self._begun = time.perf_counter()
+        self._stages: dict[str, float] = {}
         self._file = _reopen(run / "metrics.jsonl", start)
         self._sinks: list[Any] = []
         if settings.tensorboard:
@@ -68,16 +73,30 @@ class Logger:
             return
         shown = [("reward", "reward_mean"), ("loss", "loss"), ("tokens/s", "tokens_per_second")]
         told = "  ".join(f"{label} {metrics[key]:.4g}" for label, key in shown if key in metrics)
+        told += self._shares(metrics)
         self._bar.update(self._task, completed=step, description=told)
         if self._plain and (step % max(1, self._steps // 20) == 0 or step == self._steps):
-            print(f"step {step}/{self._steps}  {told}", file=sys.stderr, flush=True)
+            per_step = (time.perf_counter() - self._begun) / (step - self._start)
+            left = f"  {duration(per_step * (self._steps - step))} left" if step < self._steps else ""
+            print(f"step {step}/{self._steps}  {told}{left}", file=sys.stderr, flush=True)
 
     def say(self, message: str) -> None:
         """A line for the person who watches."""
         if self._plain:
-            print(message, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(message, highlight=False, markup=False)
+            print(printable(message), file=sys.stderr, flush=True)
+        elif self._show:
+            self._bar.console.print(printable(message), highlight=False, markup=False)
+
+    def _shares(self, metrics: Metrics) -> str:
+        """The stages that have taken most of the time so far."""
+        for name, value in metrics.items():
+            if name.startswith("seconds_"):
+                stage = name.removeprefix("seconds_")
+                self._stages[stage] = self._stages.get(stage, 0.0) + value
+        total = sum(self._stages.values())
+        most = sorted(self._stages, key=lambda name: -self._stages[name])[:3]
+        said = ", ".join(f"{name} {self._stages[name] / total:.0%}" for name in most if total)
+        return f"  ({said})" if said else ""
 
 
 class Silence:
@@ -99,6 +118,14 @@ class Silence:
 def open_logger(run: Path, settings: Logging, steps: int, start: int, world: World, *, show: bool) -> Logger | Silence:
     """The logger of this process; see `Logger`."""
     return Logger(run, settings, steps, start, show=show) if world.is_main else Silence()
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 40 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def peak_memory(device: str) -> float:

@@ -29,6 +29,7 @@ from varpi.methods import Method, build_method, generator_of
 from varpi.recipe import Recipe
 from varpi.runtime.memory import check_memory
 from varpi.runtime.processes import World, joined_world, stop_request
+from varpi.training.banner import banner
 from varpi.training.logging import Logger, Metrics, Silence, check_sinks, open_logger, peak_memory
 from varpi.training.optimizer import learning_rate, make_optimizer
 from varpi.training.run_directory import (
@@ -103,6 +104,8 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
     batches.seen, batches.left_out = _share(progress, world)
     logger = open_logger(run, recipe.logging, training.steps, progress.step, world, show=show)
     with logger, explained(run, progress):
+        for line in banner(run, recipe, method, batches, world, progress.step):
+            logger.say(line)
         return _loop(run, Trainer(recipe, method, optimizer, world), batches, validation, progress, logger)
 
 
