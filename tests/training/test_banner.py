@@ -50,7 +50,7 @@ def test_a_run_that_goes_on_says_from_where(pair: Path, tmp_path: Path, capsys: 
 
 
 def test_adapters_and_streams(pair: Path, tmp_path: Path) -> None:
-    model = torch.nn.Linear(1000, 2000)
+    model = type("FSDPLinear", (torch.nn.Linear,), {})(1000, 2000)  # as sharding renames it
     model.bias.requires_grad_(False)
     stream = object.__new__(StreamBatches)
     stream.num_classes = None

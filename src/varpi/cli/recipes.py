@@ -1,7 +1,6 @@
 """`varpi recipes`: what ships, what a recipe can say, and a schema for editors."""
 
 import argparse
-import importlib.resources
 import json
 import types
 from collections.abc import Iterator
@@ -92,7 +91,9 @@ def _standard(node: Any) -> Any:
 
 
 def _text(name: str) -> str:
-    return importlib.resources.files("varpi.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    from varpi.recipe import find_recipe
+
+    return find_recipe(name).read_text(encoding="utf-8")
 
 
 def _sentence(text: str) -> str:

@@ -35,7 +35,6 @@ from varpi.tokenizers import Tokenizer
 from varpi.training import read_metrics, train
 from varpi.weights import load_generator, load_tokenizer
 
-STEPS = 80
 FIRST_SEED = 1000
 MARK = "demo.json"
 """What lies in a folder that a demo made."""
@@ -92,7 +91,7 @@ ROWS = {
 }
 
 
-def demo(output: Path, *, steps: int = STEPS, samples: int = 1000, seeds: int = 2) -> Path:
+def demo(output: Path, *, steps: int = 80, samples: int = 1000, seeds: int = 2) -> Path:
     """Carry it out in `output`; returns the page. An earlier demo there is replaced, anything else refused."""
     if not 50 <= samples <= 100_000 or samples % 10:
         raise VarpiError(f"--samples is {samples}; it must be a multiple of 10, at least 50 and at most 100000")

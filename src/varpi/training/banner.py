@@ -23,7 +23,7 @@ def banner(
     lines = [
         f"{recipe.method.name}: {training.steps} steps of {training.batch_size} images, {training.precision}, on "
         f"{several}{device}",
-        f"trains {type(method.model).__name__}, {_millions(learning)}"
+        f"trains {type(method.model).__name__.removeprefix('FSDP')}, {_millions(learning)}"
         + (f" of its {_millions(count)}" if learning < count else "")
         + " parameters",
     ]
