@@ -20,7 +20,7 @@ from varpi.studies.tasks import TOKENS, Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
-_SHOWN = 40
+SHOWN = 40
 """Samples of each row on the page."""
 COSTS = (
     Column("Images", "lower", "Seen in training, repeats counted, that of the weights it began with included."),
@@ -362,5 +362,5 @@ def _grid(row: StudyRow, output: Path) -> SampleGrid:
     assert row.drawn is not None
     weights, job = row.drawn
     held = load_file(output / "jobs" / job / TOKENS)
-    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:_SHOWN])
-    return SampleGrid(row.label, images, held["classes"][:_SHOWN].tolist())
+    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:SHOWN])
+    return SampleGrid(row.label, images, held["classes"][:SHOWN].tolist())

@@ -23,7 +23,7 @@ from varpi.runtime.files import write_text
 from varpi.runtime.sources import EMBEDDED, ENDINGS, embedded, find
 from varpi.runtime.tensors import sha256_of
 from varpi.sampling.settings import Sampling
-from varpi.studies.findings import Findings, StudyRow, write_findings
+from varpi.studies.findings import SHOWN, Findings, StudyRow, write_findings
 from varpi.studies.plan import BEST, FREE, LOWER_IS_BETTER, OWN, START, RowSampling, Study, Variant, flatten
 from varpi.studies.summary import UNTRAINED
 from varpi.studies.tasks import (
@@ -353,7 +353,8 @@ class _Bench:
         own = {key: value for key, value in settings.items() if value != plain[key]}
         name = f"draw/{weights.place}/{_slug(own) or 'plain'}/{count}-seed-{seed}"
         sampling = Sampling(**settings, seed=seed)
-        arguments = (weights, classes, sampling, count, protocol.batch_size, self.device)
+        shown = SHOWN if (seed, count) == (protocol.sampling_seeds[0], protocol.samples) else 0
+        arguments = (weights, classes, sampling, count, protocol.batch_size, shown, self.device)
         shared = {"classes": classes, "count": count, "batch_size": protocol.batch_size, "device": self.device}
         return name, self.work(Job(name, draw_tokens, arguments, {**weights.hashes, **asdict(sampling), **shared}))
 

@@ -140,9 +140,19 @@ def see_reference(folder: Path, data: StudyData, split: str, judge: Judge, cache
 
 
 def draw_tokens(
-    folder: Path, weights: Weights, classes: int, sampling: Sampling, count: int, batch_size: int, device: str
+    folder: Path,
+    weights: Weights,
+    classes: int,
+    sampling: Sampling,
+    count: int,
+    batch_size: int,
+    shown: int,
+    device: str,
 ) -> dict[str, Any]:
-    """Sample `count` images, as many of each class, as folder/tokens.safetensors: int32 (n,N) and the classes (n,)."""
+    """Sample `count` images, as many of each class, as folder/tokens.safetensors: int32 (n,N) and the classes (n,).
+
+    The result holds the tokens of the first `shown`, for whoever has no more than that.
+    """
     begun = time.perf_counter()
     pair = _pair(weights, device)
     asked = torch.arange(classes).repeat(count // classes)
@@ -153,6 +163,7 @@ def draw_tokens(
         "sha256": sha256_of(folder / TOKENS),
         "passes": tokens.shape[1] * (2 if guided else 1),
         "seconds": round(time.perf_counter() - begun, 2),
+        **({"shown": tokens[:shown].tolist()} if shown else {}),
     }
 
 
