@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         raise VarpiError(f"--port is {options.port}; it must be in [0, 65535]")
     from varpi.data.classes import read_classes
     from varpi.play.opened import open_playground
-    from varpi.play.server import check_extra, serve
+    from varpi.play.server import check_extra, open_server
     from varpi.runtime.processes import choose_device
 
     def open_named(source: str, tokenizer: Any) -> Any:
@@ -64,4 +64,6 @@ def run(options: argparse.Namespace) -> None:
         perceptual_weights=options.perceptual_weights,
         device=choose_device(options.device),
     )
-    serve(playground, places, options.host, options.port, say)
+    with open_server(playground, places, options.host, options.port) as serving:
+        say(f"{serving.url} (Ctrl-C stops)")
+        serving.server.run(sockets=[serving.socket])

@@ -104,7 +104,7 @@ def _picturing(playground: Playground) -> None:
     settings = playground.settings
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            file = gr.File(label="A picture of yours", file_types=["image"], height=130, elem_id="upload")
+            file = gr.File(label="A picture of yours", file_types=["image"], height=165, elem_id="upload")
             gr.Markdown("Its file is deleted as soon as it is read; the picture is forgotten with this page.")
             asked = _asking(playground)
             which = gr.Radio(
@@ -119,11 +119,11 @@ def _picturing(playground: Playground) -> None:
             noise = gr.Slider(0, 1, value=settings.context_noise, step=0.05, label="ξ, context noise")
             seed = _seed()
             start = gr.Button("Take the step", variant="primary", elem_id="step")
+            gr.Markdown(playground.about_reward)
         with gr.Column(scale=3, min_width=300):
             said = show_status("Give a picture, say what it shows, and take the step.")
             status = gr.HTML(said, elem_classes="shown", elem_id="step-status")
             shown = gr.HTML("", elem_classes="shown", elem_id="step-shown")
-            gr.Markdown(playground.about_reward)
     held = gr.State(None, time_to_live=FORGOTTEN)
 
     def take_in(path: str | None) -> tuple[None, Any, Markup]:
@@ -213,13 +213,13 @@ def _condition(playground: Playground, asked: Any, count: int) -> tuple[Any, str
     named = {number: name for name, number in playground.classes()}
     if asked not in named:
         raise VarpiError("choose a class")
-    return torch.tensor([asked] * count), named[asked]
+    return torch.tensor([asked] * count), f"class {named[asked].removeprefix('class ')}"
 
 
 def _seed() -> gr.Number:
-    with gr.Row(equal_height=True):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, scale=2)
-        other = gr.Button("Another", min_width=80, scale=1)
+    with gr.Row(elem_classes="seed"):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, scale=3)
+        other = gr.Button("Another", size="sm", min_width=80, scale=1)
     other.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
     return seed
 

@@ -4,10 +4,11 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from varpi.errors import VarpiError
 from varpi.play.opened import Playground
@@ -21,16 +22,30 @@ POLICY = (
     "img-src 'self' data:; font-src 'self' data:; frame-ancestors 'self'; object-src 'none'; form-action 'self'"
 )
 """What the page may load: a browser refuses it all that comes from elsewhere."""
+HEAD = """<script>{
+  const warn = console.warn;
+  console.warn = (...said) => said[0] === "Method not implemented." || warn(...said);
+}</script>"""
+"""Gradio's client says just that on the console whenever a stream of events ends; what else it says is to be seen."""
 
 
-def serve(playground: Playground, studies: Sequence[Path], host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve the page until it is stopped. port: 0 takes a free one. say: is told the address.
+class Serving(NamedTuple):
+    """A server that is ready to run on a socket that listens already: `server.run(sockets=[socket])`."""
 
-    Raises VarpiError when the address cannot be had.
+    server: Any
+    socket: socket.socket
+    url: str
+
+
+@contextmanager
+def open_server(playground: Playground, studies: Sequence[Path], host: str, port: int) -> Iterator[Serving]:
+    """Make the page and its server. port: 0 takes a free one.
+
+    What visitors upload is in a folder of its own until it is read; the folder goes with the server. Raises VarpiError
+    when the address cannot be had.
     """
-    listening = _listen(host, port)
-    with listening, tempfile.TemporaryDirectory(prefix="varpi-play-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads; read when Gradio is imported and when a page is made
+    with _listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="varpi-play-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported, and when a page is made
         import uvicorn
 
         config = uvicorn.Config(
@@ -40,8 +55,7 @@ def serve(playground: Playground, studies: Sequence[Path], host: str, port: int,
             server_header=False,
         )
         shown = f"[{host}]" if ":" in host else host
-        say(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops)")
-        uvicorn.Server(config).run(sockets=[listening])
+        yield Serving(uvicorn.Server(config), listening, f"http://{shown}:{listening.getsockname()[1]}")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -88,6 +102,7 @@ def _application(playground: Playground, studies: Sequence[Path]) -> Any:
         mcp_server=False,
         theme=THEME,
         css=stylesheet(),
+        head=HEAD,
     )
     return _with_policy(mounted)
 

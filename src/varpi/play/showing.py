@@ -59,15 +59,15 @@ def show_step(step: PictureStep, picture: np.ndarray, colors: np.ndarray) -> Mar
     colors: of the codes, see `code_colors`.
     """
     replaced = int((step.tokens != step.context).sum())
-    noise = "all that the generator sees" if replaced else "and what the generator sees: there is no context noise"
+    own = "the picture's own" + ("" if replaced else ", which the generator is shown")
     parts = [
         _figure("Picture", "as training would cut it", _picture(picture, "the picture")),
-        _figure("Tokens x*", noise if not replaced else "the picture's own", _tokens(step.tokens, None, colors)),
+        _figure("Tokens x*", own, _tokens(step.tokens, None, colors)),
     ]
     if replaced:
-        note = f"{replaced} replaced, outlined; {noise}"
+        note = f"what the generator is shown: {replaced} are replaced"
         parts.append(_figure("Context x̃*", note, _tokens(step.context, step.tokens, colors)))
-    note = f"x* decoded: reward {_reward(step.ceiling)}, the best that any generator can do"
+    note = f"x* decoded; reward {_reward(step.ceiling)}"
     parts.append(_figure("Reconstruction", note, _picture(step.reconstruction, "the reconstruction")))
     mean, std = mean_and_std(step.rewards.mean().item(), step.rewards.std().item())
     said = Markup(
@@ -80,7 +80,7 @@ def show_step(step: PictureStep, picture: np.ndarray, colors: np.ndarray) -> Mar
 
 
 _LEGEND = Markup(
-    '<p class="note">Under each sample: the credit of its tokens, that is, whether the picture around each came nearer '
+    '<p class="note">Beside each sample: the credit of its tokens, that is, whether the picture around each came nearer '
     'to yours than in the other samples (<i class="key better"></i>) or less near (<i class="key worse"></i>). '
     "<code>credit: image</code>, the paper's, gives all tokens of a sample its advantage; <code>credit: local</code> "
     "gives each its own. Rewards are minus a distance: nearer 0 is better.</p>"
@@ -97,7 +97,7 @@ def _cards(step: PictureStep) -> list[Markup]:
         rank = " (best)" if i == best != worst else " (worst)" if i == worst != best else ""
         cards.append(
             Markup(
-                '<figure class="card">{}<div class="credit">{}</div><figcaption><b>Sample {}{}</b>'
+                '<figure class="card"><div class="two">{}{}</div><figcaption><b>Sample {}{}</b>'
                 '<span class="{}">advantage {}</span><small>reward {}</small><small>{}</small></figcaption></figure>'
             ).format(
                 _picture(sample, f"sample {i + 1}"),
