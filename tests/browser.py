@@ -38,9 +38,7 @@ class Browser:
         high = [fcntl.fcntl(number, fcntl.F_DUPFD, 20) for number in (theirs_in, theirs_out)]
         shell = 'exec "$0" "$@" 3<&{} 4>&{}'.format(*high)
         command = ["bash", "-c", shell, program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(
-            command, pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen(command, pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for number in (theirs_in, theirs_out, *high):
             os.close(number)
         os.set_blocking(self._in, False)
@@ -130,7 +128,9 @@ class Page:
     def wait(self, expression: str, seconds: float = 60) -> Any:
         """The value of an expression, once it is true; true for an element."""
         end = time.monotonic() + seconds
-        look = f"(() => {{ try {{ const v = {expression}; return v instanceof Node || v }} catch {{ return null }} }})()"
+        look = (
+            f"(() => {{ try {{ const v = {expression}; return v instanceof Node || v }} catch {{ return null }} }})()"
+        )
         while not (value := self.see(look)):
             assert time.monotonic() < end, f"not seen: {expression}; on the page: {self.text()[:2000]}"
             time.sleep(0.03)

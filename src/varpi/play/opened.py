@@ -66,11 +66,12 @@ class Playground:
 
     def classes(self) -> list[tuple[str, int]]:
         """What each class is called, and its id; none where it is prompts that are understood."""
-        count = self.pair.generator.num_classes or 0
-        words = dict(imagenet_classes())
-        names = [words.get(name, name) for name in self.class_names or ()]
-        names += [f"class {i}" for i in range(len(names), count)]
-        return [(name if name == str(i) else f"{i} · {name}", i) for i, name in enumerate(names[:count])]
+        words, names = dict(imagenet_classes()), self.class_names or ()
+        found = []
+        for i in range(self.pair.generator.num_classes or 0):
+            name = words.get(names[i], names[i]) if i < len(names) else None
+            found.append((f"class {i}" if name is None else name if name == str(i) else f"{i} · {name}", i))
+        return found
 
 
 def _facts(pair: Pair) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def show_step(step: PictureStep, picture: np.ndarray, colors: np.ndarray) -> Mar
 
 
 _LEGEND = Markup(
-    '<p class="note">Beside each sample: the credit of its tokens, that is, whether the picture around each came nearer '
-    'to yours than in the other samples (<i class="key better"></i>) or less near (<i class="key worse"></i>). '
-    "<code>credit: image</code>, the paper's, gives all tokens of a sample its advantage; <code>credit: local</code> "
-    "gives each its own. Rewards are minus a distance: nearer 0 is better.</p>"
+    '<p class="note">Beside each sample: the credit of its tokens, that is, whether the picture around each came '
+    'nearer to yours than in the other samples (<i class="key better"></i>) or less near '
+    '(<i class="key worse"></i>). <code>credit: image</code>, the paper\'s, gives all tokens of a sample its '
+    "advantage; <code>credit: local</code> gives each its own. Rewards are minus a distance: nearer 0 is better.</p>"
 )
 
 
@@ -195,7 +195,7 @@ def show_study(path: Path) -> Markup:
     findings = read_findings(path)
     try:
         page = render(page_of(findings, None, ""))
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise VarpiError(f"{path}: not what `varpi study` writes ({line(error)})") from error
     frame = Markup('<iframe class="study" sandbox="" title="{}" srcdoc="{}"></iframe>')
     return frame.format(findings.study.title, page)
