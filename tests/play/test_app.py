@@ -95,7 +95,9 @@ def test_prompts_are_checked_and_arrive() -> None:
 
 def test_the_file_of_a_picture_is_deleted_good_or_bad(tmp_path: Path) -> None:
     take_in = pressed(playground(), "take_in")
-    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good, bad = tmp_path / "1" / "good.png", tmp_path / "2" / "bad.png"
+    for path in (good, bad):
+        path.parent.mkdir()
     Image.new("RGB", (30, 20), "red").save(good)
     bad.write_text("no picture")
     _, picture, said = take_in(str(good))
@@ -117,6 +119,13 @@ def test_a_step_needs_a_picture_and_a_class() -> None:
     said, shown = step(picture, 0, 0, 4, 0.0, 0)
     assert "by base, asked for class 0 · a" in said
     assert len(pictures(shown)) == 2 + 2 * 4
+
+
+def test_a_step_takes_a_prompt() -> None:
+    picture = np.zeros((16, 16, 3), dtype=np.uint8)
+    said, shown = pressed(prompted(), "step")(picture, "a dog", 0, 2, 0.0, 0)
+    assert "by tiny, asked for “a dog”" in said
+    assert len(pictures(shown)) == 2 + 2 * 2
 
 
 def test_no_other_file_than_a_study_is_shown(tmp_path: Path) -> None:

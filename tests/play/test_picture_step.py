@@ -27,7 +27,7 @@ def png(size: tuple[int, int], mode: str = "RGB") -> bytes:
 def test_the_advantages_are_those_of_training(credit: str) -> None:
     settings = SETTINGS.model_copy(update={"credit": credit, "condition_drop": 0.0, "advantage_clip": 0.9})
     ground = playground(settings=settings)
-    found = take_step(ground, ground.pair, PICTURE, 2, group_size=4, context_noise=0.25, seed=6)
+    found = take_step(ground, ground.pair, PICTURE, [2], group_size=4, context_noise=0.25, seed=6)
 
     method = VaPi(tiny.generator(), tiny.tokenizer(), settings, seed=6)
     first = torch.zeros(1, dtype=torch.int64)
@@ -54,7 +54,7 @@ def test_the_advantages_are_those_of_training(credit: str) -> None:
 def test_without_noise_the_context_is_the_picture_and_seeds_differ() -> None:
     ground = playground()
     one, same, other = (
-        take_step(ground, ground.pair, PICTURE, 0, group_size=2, context_noise=0.0, seed=seed) for seed in (0, 0, 1)
+        take_step(ground, ground.pair, PICTURE, [0], group_size=2, context_noise=0.0, seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(one.context, one.tokens)
     assert torch.equal(one.rewards, same.rewards)

@@ -91,7 +91,7 @@ def test_codes_without_vectors_have_colours_too(monkeypatch: pytest.MonkeyPatch)
 def test_a_step_shows_tokens_samples_and_what_they_are_worth() -> None:
     ground = playground()
     picture = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    step = take_step(ground, ground.pair, picture, 0, group_size=3, context_noise=0.5, seed=0)
+    step = take_step(ground, ground.pair, picture, [0], group_size=3, context_noise=0.5, seed=0)
     html = str(show_step(step, picture, code_colors(ground.pair.tokenizer)))
     shown = pictures(html)
     assert len(shown) == 2 + 2 * 3
@@ -109,7 +109,7 @@ def test_a_step_shows_tokens_samples_and_what_they_are_worth() -> None:
         [(str(int(step.rewards.argmax()) + 1), "best"), (str(int(step.rewards.argmin()) + 1), "worst")],
         [(str(int(step.rewards.argmin()) + 1), "worst"), (str(int(step.rewards.argmax()) + 1), "best")],
     )
-    plain = take_step(ground, ground.pair, picture, 0, group_size=2, context_noise=0.0, seed=0)
+    plain = take_step(ground, ground.pair, picture, [0], group_size=2, context_noise=0.0, seed=0)
     assert "Context" not in show_step(plain, picture, code_colors(ground.pair.tokenizer))
 
 

@@ -6,6 +6,7 @@ are shared and never changed; requests that use them wait in one queue and are s
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def _picturing(playground: Playground) -> None:
             return None, None, show_error("the picture was lost on the way; give it again")
         finally:
             place.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.parent.rmdir()  # whose name is a hash of the file
         side = playground.pair.image_size
         return None, picture, show_status(f"The picture is here, cut to {side}x{side} pixels. Take the step.")
 

@@ -61,7 +61,7 @@ def take_step(
     playground: Playground,
     pair: Pair,
     picture: np.ndarray,
-    asked: Any,
+    condition: Any,
     *,
     group_size: int,
     context_noise: float,
@@ -69,11 +69,11 @@ def take_step(
 ) -> PictureStep:
     """Encode, corrupt, predict, sample, decode, reward, compare (VA-π Eq. 4-10); nothing is trained, dropout is off.
 
-    picture: uint8 (S,S,3). asked: a class id or a prompt. group_size: G >= 2. context_noise: ξ in [0,1].
+    picture: uint8 (S,S,3). condition: a list of one class id or prompt, or a tensor. group_size: G >= 2. context_noise: ξ in [0,1].
     """
     generator, tokenizer, settings = pair.generator, pair.tokenizer, playground.settings
     images = from_uint8(picture[None]).to(generator.device)
-    condition = generator.prepare_condition([asked])
+    condition = generator.prepare_condition(condition)
 
     targets = tokenizer.encode(images)
     shape = (1, targets.shape[1])
