@@ -28,7 +28,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
-def test_it_serves_until_it_is_stopped_and_leaves_nothing(pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped")]
+)
+def test_it_serves_until_it_is_stopped_and_leaves_nothing(
+    pair: Path, tmp_path: Path, how: signal.Signals, code: int, words: str
+) -> None:
     arguments = [pair / "generator.safetensors", "--tokenizer", pair / "tokenizer.safetensors", "--port", "0"]
     command = [sys.executable, "-u", "-m", "varpi", "play", *map(str, arguments), "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -41,13 +46,13 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing(pair: Path, tmp_path: 
     with urllib.request.urlopen(said[1], timeout=60) as answer:
         assert "default-src 'self'" in answer.headers["content-security-policy"]
         assert b"varpi play" in answer.read()
-    assert [path.name[:11] for path in tmp_path.iterdir()] == ["varpi-play-"]
-    running.send_signal(signal.SIGINT)
+    assert len(list(tmp_path.glob("varpi-play-*"))) == 1
+    running.send_signal(how)
     _, error = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert error.splitlines()[-1] == "varpi play: interrupted"
+    assert running.returncode == code
+    assert error.splitlines()[-1] == f"varpi play: {words}"
     assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("varpi-play-*")) == []
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_prompts_are_checked_and_arrive() -> None:
     draw = pressed(prompted(check), "draw")
     *_, (said, shown) = draw(asked=" a dog ", images=1, **PLAIN)
     assert "Done: “a dog”, seed 3." in said
-    *_, (_, other) = draw(asked="two dogs", images=1, **PLAIN)
+    *_, (_, other) = draw(asked="two dog", images=1, **PLAIN)
     assert not np.array_equal(pictures(shown)[0], pictures(other)[0])
     for asked, message in (
         ("  ", "say in the prompt what to draw"),

@@ -12,7 +12,7 @@ from play_parts import SETTINGS, playground
 from varpi.data import BadImage, Batch
 from varpi.data.pixels import from_uint8, to_uint8
 from varpi.methods.va_pi import VaPi
-from varpi.play.picture_step import MOST_PIXELS, read_picture, take_step
+from varpi.play.picture_step import LARGEST_PICTURE, read_picture, take_step
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
@@ -75,7 +75,7 @@ def test_a_picture_is_cut_as_training_cuts_it() -> None:
         (b"no picture", "the picture: unreadable image"),
         (b"", "the picture: unreadable image"),
         (png((64, 64))[:120], "the picture: unreadable image"),
-        (png((6000, 4001), "1"), f"the picture: 6000x4001 pixels are more than {MOST_PIXELS}, the most"),
+        (png((6000, 4001), "1"), f"the picture: 6000x4001 pixels are more than {LARGEST_PICTURE}, the most"),
         (png((4000, 20)), "the picture: 4000x20 pixels are too narrow for a square crop"),
     ],
 )

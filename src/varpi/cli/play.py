@@ -1,11 +1,12 @@
 """`varpi play`: a page to try a pair on."""
 
 import argparse
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from varpi.cli.options import add_class_names, add_pair, asked_pair, command, say
-from varpi.errors import VarpiError
+from varpi.errors import Stopped, VarpiError
 
 
 def add(commands: Any) -> None:
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         return asked_pair(argparse.Namespace(**{**vars(options), **named}))
 
     check_extra()
+    signal.signal(signal.SIGTERM, _stop)  # else it would end before what visitors left is cleared away
     with listen(options.host, options.port) as listening:
         playground = open_playground(
             options.generator,
@@ -67,3 +69,7 @@ def run(options: argparse.Namespace) -> None:
         with open_server(playground, [Path(place) for place in options.studies], listening) as server:
             say(f"{address(listening)} (Ctrl-C stops)")
             server.run(sockets=[listening])
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    raise Stopped(number, "stopped")

@@ -39,7 +39,7 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace"],
 )
 """With fonts that are on the machine: Gradio's own are asked of others."""
-MODELS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress": "hidden"}
+USES_MODELS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress": "hidden"}
 """Of every event that uses the models."""
 
 
@@ -96,7 +96,7 @@ def _generating(playground: Playground) -> None:
             yield show_error(_said(error, "ask for fewer images")), gr.skip()
 
     inputs = [asked, images, guidance, seed, temperature, top_k, top_p]
-    drawing = start.click(draw, inputs, [status, drawn], api_visibility="private", **MODELS)
+    drawing = start.click(draw, inputs, [status, drawn], api_visibility="private", **USES_MODELS)
     stop.click(lambda: show_status("Stopped."), None, status, cancels=[drawing], queue=False, api_visibility="private")
 
 
@@ -167,7 +167,9 @@ def _picturing(playground: Playground) -> None:
         return show_status(done), show_step(found, picture, colors[id(player)])
 
     file.upload(take_in, file, [file, held, status], show_progress="hidden", api_visibility="private")
-    start.click(step, [held, asked, which, group, noise, seed], [status, shown], api_visibility="private", **MODELS)
+    start.click(
+        step, [held, asked, which, group, noise, seed], [status, shown], api_visibility="private", **USES_MODELS
+    )
 
 
 def _studying(app: gr.Blocks, places: Sequence[Path]) -> None:

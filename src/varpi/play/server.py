@@ -16,7 +16,7 @@ from varpi.play.opened import Playground
 
 MOST_BYTES = 10 * 2**20
 """Of an upload."""
-PATIENCE = 2
+GRACE = 2
 """Seconds that a stop waits for requests under way."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -44,7 +44,7 @@ def open_server(playground: Playground, studies: Sequence[Path], listening: sock
         config = uvicorn.Config(
             _application(playground, studies),
             log_level="warning",
-            timeout_graceful_shutdown=PATIENCE,
+            timeout_graceful_shutdown=GRACE,
             server_header=False,
         )
         yield uvicorn.Server(config)
