@@ -114,7 +114,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         said = hooks["trained"](folder)
         if said is not None:
             return {"diverged": said}
-        return {"sha256": f"{hash(str(folder))}", "part": "generator", "steps": 2, "images": 4, "seconds": 0.5}
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "model.safetensors").touch()
+        return {"sha256": hooks["done"][-1], "part": "generator", "steps": 2, "images": 4, "seconds": 0.5}
 
     def draw(folder: Path, weights: Any, classes: int, sampling: Any, count: int, *rest: Any) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (folder / "about.json").write_text(
             json.dumps([weights.place, sampling.guidance_scale, sampling.temperature, sampling.seed])
         )
-        return {"sha256": str(folder)}
+        return {"sha256": str(folder).partition("/jobs/")[2], "shown": [[0] * 64]}
 
     def measure(folder: Path, drawn: Path, weights: Any, data: Any, split: str, *rest: Any) -> dict[str, Any]:
         value = hooks["value"](*(about := json.loads((drawn / "about.json").read_text()))[:1], split, *about[1:])
@@ -262,6 +264,76 @@ def test_a_job_is_done_once_and_refused_for_another_study(tmp_path: Path, stand_
     assert {path: path.read_bytes() for path in files} == files
     longer = carry(tmp_path, TEXT, "seeds=[0, 1, 2]")  # what only adds jobs goes on
     assert row_of(longer, "again")["metrics"]["digits"]["frechet_distance"]["values"].keys() == {"0", "1", "2"}
+
+
+def test_another_machine_goes_on_from_the_records(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    part = read(here).only(["next_token"])
+    carry_out_study(part, "pair.yaml", here / "out", jobs=1, device="cpu", command="varpi study pair")
+    records = here / "out" / "records.jsonl"
+    done = [json.loads(line)["job"] for line in records.read_text().splitlines()]
+    assert done == sorted(set(done))
+    assert {"pair", "train/next_token/learning_rate=0.0002/seed-0"} <= {*done}
+
+    stand_ins["done"].clear()
+    found = carry(there, records=[records])
+    # What a further job begins with is trained again, of the trial that was chosen; the other trial is not.
+    chosen = "learning_rate=0.0002"
+    expected = [
+        *(f"train/next_token/{chosen}/seed-{seed}" for seed in (0, 1)),
+        "train/again/seed-0",
+        "train/again/seed-1",
+    ]
+    assert sorted(stand_ins["done"]) == sorted(expected)
+    stand_ins["done"].clear()
+    assert carry(tmp_path) == found  # as without records
+    both = [json.loads(line)["job"] for line in (there / "out" / "records.jsonl").read_text().splitlines()]
+    assert {*done} < {*both}
+    stand_ins["done"].clear()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert carry(elsewhere, records=[there / "out" / "records.jsonl"]) == found
+    assert stand_ins["done"] == []  # nothing but the page
+
+
+def test_records_of_other_inputs_do_not_count(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    carry(tmp_path)
+    other, count = tmp_path / "other", len(stand_ins["done"])
+    other.mkdir()
+    carry(other, TEXT, "set.training.steps=3", records=[tmp_path / "out" / "records.jsonl"])
+    assert len(stand_ins["done"]) == 2 * count
+
+
+def test_weights_that_come_out_otherwise_are_measured_anew(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    """As on another kind of processor: nothing of the record's weights is mixed with the new ones."""
+    first = carry(tmp_path)
+    records = tmp_path / "records.jsonl"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["job"] == "train/next_token/learning_rate=0.0002/seed-0":
+            line["result"]["sha256"] = "of another processor"
+    kept = [line for line in lines if line["job"] != "train/again/seed-0"]
+    records.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    other = tmp_path / "other"
+    other.mkdir()
+    assert carry(other, records=[records]) == first
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"job": "pair", "inputs": "ab"}', '{"job": 1, "inputs": "ab", "result": {}}']
+)
+def test_records_that_are_none(line: str, tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"job": "pair", "inputs": "ab", "result": {}}\n' + line + "\n")
+    with pytest.raises(
+        VarpiError, match=r"records\.jsonl, line 2: is no record of a study's job, as records\.jsonl of its"
+    ):
+        carry(tmp_path, records=[records])
+    with pytest.raises(VarpiError, match=r"gone\.jsonl: cannot be read as records of a study"):
+        carry(tmp_path, records=[tmp_path / "gone.jsonl"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_job_of_another_process_is_waited_for(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 
 from varpi.report.columns import Column
 from varpi.report.page import Page, cost, write_page
@@ -16,7 +16,7 @@ from varpi.report.tables import Cell, ResultTable, TableRow, number, table
 from varpi.runtime.files import write_text
 from varpi.studies.plan import LOWER_IS_BETTER, START, RowSampling, Study
 from varpi.studies.summary import paired_difference, summarize_seeds, winner
-from varpi.studies.tasks import TOKENS, Weights, decoded
+from varpi.studies.tasks import Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
@@ -55,8 +55,8 @@ class StudyRow:
     """Tokens that the transformer passes for an image sampled."""
     weights: dict[str, dict[str, str]] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
-    drawn: tuple[Weights, str] | None = None
-    """The pair and the job of the first samples."""
+    drawn: tuple[Weights, Sequence[Sequence[int]]] | None = None
+    """The pair, and the tokens of the first samples."""
     diverged: str = ""
     """Why there are no numbers."""
 
@@ -96,7 +96,7 @@ class Findings:
 def write_findings(output: Path, findings: Findings, command: str) -> Path:
     """Write study.json and study.html; returns the page."""
     write_text(output / "study.json", json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n")
-    write_page(output / "study.html", page_of(findings, output, command))
+    write_page(output / "study.html", page_of(findings, command))
     return output / "study.html"
 
 
@@ -170,7 +170,7 @@ def _row_as_json(findings: Findings, row: StudyRow) -> dict[str, Any]:
 # -- the page
 
 
-def page_of(findings: Findings, output: Path, command: str) -> Page:
+def page_of(findings: Findings, command: str) -> Page:
     """The page, of tables by judge, pictures, costs and what was chosen how."""
     study = findings.study
     shown = findings.of_table(PLAIN)
@@ -180,7 +180,7 @@ def page_of(findings: Findings, output: Path, command: str) -> Page:
         command=command,
         reading=_reading(findings),
         tables=[one for judge in findings.judges for one in _tables(findings, judge)],
-        samples=[_grid(row, output) for row in shown],
+        samples=[_grid(row, findings.pair["num_classes"]) for row in shown],
         chosen=_chosen(findings),
         environment={
             **environment(),
@@ -358,9 +358,8 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items()]
 
 
-def _grid(row: StudyRow, output: Path) -> SampleGrid:
+def _grid(row: StudyRow, classes: int) -> SampleGrid:
     assert row.drawn is not None
-    weights, job = row.drawn
-    held = load_file(output / "jobs" / job / TOKENS)
-    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:SHOWN])
-    return SampleGrid(row.label, images, held["classes"][:SHOWN].tolist())
+    weights, tokens = row.drawn
+    images = decoded(load_tokenizer(weights.tokenizer), torch.tensor(tokens))
+    return SampleGrid(row.label, images, [i % classes for i in range(len(tokens))])

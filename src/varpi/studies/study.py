@@ -27,6 +27,7 @@ from varpi.studies.findings import SHOWN, Findings, StudyRow, write_findings
 from varpi.studies.plan import BEST, FREE, LOWER_IS_BETTER, OWN, START, RowSampling, Study, Variant, flatten
 from varpi.studies.summary import UNTRAINED
 from varpi.studies.tasks import (
+    TOKENS,
     Weights,
     count_operations,
     draw_tokens,
@@ -49,11 +50,20 @@ class Diverged(Exception):
 
 
 def carry_out_study(
-    study: Study, where: str, output: Path, *, seeds: Sequence[int] | None = None, jobs: int, device: str, command: str
+    study: Study,
+    where: str,
+    output: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    records: Sequence[Path] = (),
+    jobs: int,
+    device: str,
+    command: str,
 ) -> Path:
     """Do, or go on with, a study in the directory `output`; returns its page, study.html, beside study.json.
 
     where: what errors call the study. seeds: some of its training seeds; None: all. jobs: so many at once.
+    records: files of another machine's results to go on from, see `work.py`.
     command: what the page says it was made by.
 
     Raises:
@@ -81,8 +91,8 @@ def carry_out_study(
                     )
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / _MARK).is_file())):
         raise VarpiError(f"{output} holds something that is not a study; choose another --output")
+    work = Work(output, jobs, records)
     write_text(output / _MARK, f"# Of the latest `{command}`\n{study.to_yaml()}")
-    work = Work(output, jobs)
     bench = _Bench(study, recipes, start, judges, rewards, list(seeds or study.seeds), work, output, device)
     return write_findings(output, work.until(bench.look), command)
 
@@ -158,6 +168,7 @@ class _Bench:
     def look(self) -> Findings:
         """All findings."""
         self.choices: dict[str, list[dict[str, Any]]] = {}
+        self.makers: dict[Path, Job] = {}
         self.pair = self.work(
             Job(
                 "pair",
@@ -206,7 +217,9 @@ class _Bench:
             return row
         row.passes = self.pair["num_tokens"] * (2 if row.sampling["guidance_scale"] > 1 else 1)
         row.cost = {key: statistics.fmean(part.cost[key] for part in parts) for key in parts[0].cost}
-        row.drawn = parts[0].weights, parts[0].drawn
+        needs = self._needs(parts[0].weights)
+        self.work.have({path: job for path, job in needs.items() if path == Path(parts[0].weights.tokenizer)})
+        row.drawn = parts[0].weights, parts[0].shown
         for part in parts:
             row.weights[part.seed] = part.weights.hashes
             for measured in part.measured:
@@ -224,7 +237,7 @@ class _Bench:
             lambda: all_of(partial(self._measured, draw, weights, protocol.split) for draw in draws),
             lambda: self._cost(name, seed),
         ]
-        return _Part(UNTRAINED if seed is None else str(seed), weights, draws[0]()[0], *all_of(both))
+        return _Part(UNTRAINED if seed is None else str(seed), weights, draws[0]()[1]["shown"], *all_of(both))
 
     # -- training
 
@@ -248,13 +261,19 @@ class _Bench:
         place = f"{self._place(name, trial)}/seed-{seed}"
         rewards = {f"sha256 of {network}": sha256 for network, sha256 in self.rewards[name].items()}
         inputs = {**_kept(recipe), "seed": seed, **rewards, **begin.hashes, "device": self.device}
-        job = Job(f"train/{place}", train_variant, (recipe, self.device), inputs, spent="run/checkpoints")
+        arguments, needs = (recipe, self.device), self._needs(begin)
+        job = Job(f"train/{place}", train_variant, arguments, inputs, spent="run/checkpoints", needs=needs)
         result = self.work(job)
         if "diverged" in result:
             raise Diverged(f"{name}, seed {seed}: {result['diverged']}")
-        model = str(self.output / "jobs" / "train" / place / "run" / RUN_MODEL)
-        part = result["part"]
-        return replace(begin, place=place, **{part: model, f"{part}_sha256": result["sha256"]}), result
+        model, part = self.output / "jobs" / job.name / "run" / RUN_MODEL, result["part"]
+        self.makers[model] = job
+        return replace(begin, place=place, **{part: str(model), f"{part}_sha256": result["sha256"]}), result
+
+    def _needs(self, weights: Weights) -> dict[Path, Job]:
+        """The files of weights that jobs of this study make."""
+        paths = Path(weights.generator), Path(weights.tokenizer)
+        return {path: self.makers[path] for path in paths if path in self.makers}
 
     def _recipe(self, name: str, trial: int, seed: int, begin: Weights) -> Recipe:
         recipe = self.recipes[name][trial]
@@ -346,8 +365,8 @@ class _Bench:
 
     def _drawn(
         self, weights: Weights, settings: Mapping[str, Any], count: int, seed: int
-    ) -> tuple[str, dict[str, Any]]:
-        """Samples: the name of their job, and what came of it."""
+    ) -> tuple[Job, dict[str, Any]]:
+        """Samples: their job, and what came of it."""
         protocol, classes = self.study.protocol, self.pair["num_classes"]
         plain = RowSampling().model_dump()
         own = {key: value for key, value in settings.items() if value != plain[key]}
@@ -356,20 +375,25 @@ class _Bench:
         shown = SHOWN if (seed, count) == (protocol.sampling_seeds[0], protocol.samples) else 0
         arguments = (weights, classes, sampling, count, protocol.batch_size, shown, self.device)
         shared = {"classes": classes, "count": count, "batch_size": protocol.batch_size, "device": self.device}
-        return name, self.work(Job(name, draw_tokens, arguments, {**weights.hashes, **asdict(sampling), **shared}))
+        if shown:
+            shared["shown"] = shown
+        inputs = {**weights.hashes, **asdict(sampling), **shared}
+        job = Job(name, draw_tokens, arguments, inputs, needs=self._needs(weights))
+        return job, self.work(job)
 
-    def _measured(self, draw: Callable[[], tuple[str, dict[str, Any]]], weights: Weights, split: str) -> dict[str, Any]:
+    def _measured(self, draw: Callable[[], tuple[Job, dict[str, Any]]], weights: Weights, split: str) -> dict[str, Any]:
         """What every judge sees, by its name."""
-        name, drawn = draw()
-        found = all_of(partial(self._judged, judge, name, drawn, weights, split) for judge in self.judges)
+        job, drawn = draw()
+        found = all_of(partial(self._judged, judge, job, drawn, weights, split) for judge in self.judges)
         return dict(zip(self.judges, found, strict=True))
 
-    def _judged(self, judge: str, draw: str, drawn: Mapping[str, Any], weights: Weights, split: str) -> dict[str, Any]:
+    def _judged(self, judge: str, draw: Job, drawn: Mapping[str, Any], weights: Weights, split: str) -> dict[str, Any]:
         """What a judge sees of drawn tokens beside a split."""
         reference, protocol = self._reference(judge, split), self.study.protocol
         network = next(one for one in protocol.judges if one.name == judge)
-        name = f"measure/{draw.removeprefix('draw/')}/{_slug({'against': split})}/{judge}"
-        place, rest = self.output / "jobs" / draw, (protocol.metrics, protocol.batch_size, self._cache, self.device)
+        name = f"measure/{draw.name.removeprefix('draw/')}/{_slug({'against': split})}/{judge}"
+        place = self.output / "jobs" / draw.name
+        rest = protocol.metrics, protocol.batch_size, self._cache, self.device
         inputs = {
             "tokens_sha256": drawn["sha256"],
             "tokenizer_sha256": weights.tokenizer_sha256,
@@ -380,7 +404,9 @@ class _Bench:
             "device": self.device,
             **self.judges[judge],
         }
-        return self.work(Job(name, measure_tokens, (place, weights, self.study.data, split, network, *rest), inputs))
+        arguments = (place, weights, self.study.data, split, network, *rest)
+        needs = {place / TOKENS: draw, **self._needs(weights)}
+        return self.work(Job(name, measure_tokens, arguments, inputs, needs=needs))
 
     def _reference(self, judge: str, split: str) -> dict[str, Any]:
         data, network = self.study.data, next(one for one in self.study.protocol.judges if one.name == judge)
@@ -399,8 +425,8 @@ class _Part:
 
     seed: str
     weights: Weights
-    drawn: str
-    """The job of its first samples."""
+    shown: Sequence[Sequence[int]]
+    """The tokens of its first samples."""
     measured: Sequence[Mapping[str, Any]]
     """What each judge sees, one a sampling seed."""
     cost: Mapping[str, float]
