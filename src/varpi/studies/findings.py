@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from varpi.report.columns import Column
+from varpi.report.comparison import SHOWN
 from varpi.report.page import Page, cost, write_page
 from varpi.report.pictures import SampleGrid
 from varpi.report.provenance import environment
@@ -20,8 +21,6 @@ from varpi.studies.tasks import Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
-SHOWN = 40
-"""Samples of each row on the page."""
 COSTS = (
     Column("Images", "lower", "Seen in training, repeats counted, that of the weights it began with included."),
     Column("Minutes", "lower", "Of training, a mean over training seeds, on one core each and beside other work."),

@@ -19,11 +19,12 @@ from varpi.errors import VarpiError
 from varpi.networks.loading import EXTRACTORS, load_extractor
 from varpi.recipe import Recipe
 from varpi.recipes import shipped_recipes
+from varpi.report.comparison import SHOWN
 from varpi.runtime.files import write_text
 from varpi.runtime.sources import EMBEDDED, ENDINGS, embedded, find
 from varpi.runtime.tensors import sha256_of
 from varpi.sampling.settings import Sampling
-from varpi.studies.findings import SHOWN, Findings, StudyRow, write_findings
+from varpi.studies.findings import Findings, StudyRow, write_findings
 from varpi.studies.plan import BEST, FREE, LOWER_IS_BETTER, OWN, START, RowSampling, Study, Variant, flatten
 from varpi.studies.summary import UNTRAINED
 from varpi.studies.tasks import (
