@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from varpi.report.columns import Column
-from varpi.report.comparison import SHOWN
 from varpi.report.page import Page, cost, write_page
 from varpi.report.pictures import SampleGrid
 from varpi.report.provenance import environment
