@@ -9,6 +9,7 @@ from golden import config_of, fill, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
+from varpi.generators.llamagen import attend
 from varpi.generators.llamagen_files import original_name
 from varpi.sampling.generate import generate
 from varpi.weights import load_generator, to_original
@@ -88,6 +89,26 @@ def test_text_logits_loss_and_greedy_tokens() -> None:
     assert torch.equal(generate(generator, condition, greedy=True), values["greedy.cfg1"])
     guided = generate(generator, condition, greedy=True, guidance_scale=7.5)
     assert torch.equal(guided, values["greedy.cfg7.5"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_is_the_fused_one(masked: bool) -> None:
+    """Where a gradient is needed on a CPU, other operations compute it; the rounding of bfloat16 is 2**-8."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 3, 10, 8, generator=generator).bfloat16() for _ in range(4))
+    mask = torch.rand(2, 1, 10, 10, generator=generator) < 0.5 if masked else None
+    if mask is not None:
+        mask |= torch.eye(10, dtype=torch.bool)
+    outputs, gradients = [], []
+    for attention in (attend, F.scaled_dot_product_attention):
+        inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        arguments = (mask,) if attention is attend else (mask, 0.0, mask is None)
+        outputs.append(attention(*inputs, *arguments))
+        assert ("Scaled" in type(outputs[-1].grad_fn).__name__) == (attention is not attend)
+        gradients.append(torch.autograd.grad(outputs[-1], inputs, upstream))
+    torch.testing.assert_close(*outputs, atol=0.02, rtol=0.02)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.02)
 
 
 def test_caption_features_are_padded_on_the_left() -> None:

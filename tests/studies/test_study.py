@@ -118,17 +118,17 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (folder / "run" / "model.safetensors").touch()
         return {"sha256": hooks["done"][-1], "part": "generator", "steps": 2, "images": 4, "seconds": 0.5}
 
-    def draw(folder: Path, weights: Any, classes: int, sampling: Any, count: int, *rest: Any) -> dict[str, Any]:
+    def draw(folder: Path, weights: Any, asked: Any, sampling: Any, count: int, *rest: Any) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
-        asked = torch.arange(classes).repeat(count // classes)
-        save_file({"tokens": torch.zeros(count, 64, dtype=torch.int32), "classes": asked}, folder / TOKENS)
+        save_file({"tokens": torch.zeros(count, 64, dtype=torch.int32)}, folder / TOKENS)
         (folder / "about.json").write_text(
             json.dumps([weights.place, sampling.guidance_scale, sampling.temperature, sampling.seed])
         )
         return {"sha256": str(folder).partition("/jobs/")[2], "shown": [[0] * 64]}
 
-    def measure(folder: Path, drawn: Path, weights: Any, data: Any, split: str, *rest: Any) -> dict[str, Any]:
-        value = hooks["value"](*(about := json.loads((drawn / "about.json").read_text()))[:1], split, *about[1:])
+    def measure(folder: Path, drawn: Path, weights: Any, asked: Any, *rest: Any) -> dict[str, Any]:
+        place, *about = json.loads((drawn / "about.json").read_text())
+        value = hooks["value"](place, asked.split, *about)
         return {"metrics": {"frechet_distance": value, "class_agreement": 0.5}, "warnings": []}
 
     monkeypatch.setattr(module, "train_variant", train)
@@ -431,7 +431,7 @@ def change(old: str, new: str) -> str:
         (change("[1000, 1001]", "[1000, 1000]"), "protocol.sampling_seeds lists a seed twice"),
         (change("sampling_seed: 999", "sampling_seed: 1000"), "validation.sampling_seed is 1000, which figures use"),
         (change("  sampling_seed: 999", "  sampling_seed: 999\n  split: test"),
-         "validation.split is test, which protocol.split reports on"),
+         "validation.split is test, which the protocol reports on"),
         (change("[{name: digits}]", "[{name: digits}, {name: digits}]"), "protocol.judges lists a network twice"),
         (change("temperatures: [0.8, 1.0]", "temperatures: []"), "cooler.sampling.temperature is best, but validation"),
         (change("after: next_token", "after: gone"), "variants.again.after is gone, and there is no such variant"),

@@ -16,7 +16,7 @@ from varpi.report.tables import Cell, ResultTable, TableRow, number, table
 from varpi.runtime.files import write_text
 from varpi.studies.plan import LOWER_IS_BETTER, START, RowSampling, Study
 from varpi.studies.summary import paired_difference, summarize_seeds, winner
-from varpi.studies.tasks import Weights, decoded
+from varpi.studies.tasks import Asked, Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
@@ -178,7 +178,7 @@ def page_of(findings: Findings, command: str) -> Page:
         command=command,
         reading=_reading(findings),
         tables=[one for judge in findings.judges for one in _tables(findings, judge)],
-        samples=[_grid(row, findings.pair["num_classes"]) for row in shown],
+        samples=[_grid(row, findings) for row in shown],
         chosen=_chosen(findings),
         environment={
             **environment(),
@@ -193,12 +193,17 @@ def page_of(findings: Findings, command: str) -> Page:
 def _paragraph(findings: Findings) -> str:
     study, protocol, choice = findings.study, findings.study.protocol, findings.study.validation
     seeds = ", ".join(map(str, findings.seeds))
-    count = next(iter(findings.references.values()))["count"]
+    reference = next(iter(findings.references.values()))
+    each = f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)}"
+    what = f"against {reference['count']} images of {study.data.source} ({_short(protocol.split)})"
+    if findings.pair["num_classes"] is None:
+        what = f"by GenEval's rules, one for each of the first captions of {study.data.source}"
+        right = [f"{one['metrics']['overall']:.4f} ({judge})" for judge, one in findings.references.items()]
+        what += f" (of the real scenes they find right: {', '.join(right)})"
     sentences = [
         study.paragraph.strip(),
-        f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of "
-        f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)} against {count} "
-        f"images of {study.data.source} ({_short(protocol.split)}), by networks that reward none of the methods.",
+        f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of {each} "
+        f"{what}, by networks that reward none of the methods.",
     ]
     if choice is not None:
         trials = max((len(variant.tune) for variant in study.variants.values()), default=0)
@@ -356,8 +361,9 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items()]
 
 
-def _grid(row: StudyRow, classes: int) -> SampleGrid:
+def _grid(row: StudyRow, findings: Findings) -> SampleGrid:
     assert row.drawn is not None
     weights, tokens = row.drawn
+    asked = Asked(findings.pair["num_classes"], findings.study.data, findings.study.protocol.split)
     images = decoded(load_tokenizer(weights.tokenizer), torch.tensor(tokens))
-    return SampleGrid(row.label, images, [i % classes for i in range(len(tokens))])
+    return SampleGrid(row.label, images, asked.first(len(tokens)))
