@@ -10,25 +10,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
+from varpi.data.shapes import CaptionedShapes
 from varpi.errors import Stopped, VarpiError
 from varpi.recipe import load_recipe
 from varpi.runtime.sources import embedded
 from varpi.runtime.tensors import sha256_of
 from varpi.studies import shipped_studies
 from varpi.studies import study as module
-from varpi.studies.plan import Study, load_study
+from varpi.studies.plan import Judge, Study, StudyData, load_study
 from varpi.studies.study import carry_out_study, reward_networks
-from varpi.studies.tasks import TOKENS
+from varpi.studies.tasks import TOKENS, Asked, see_scenes
 from varpi.studies.work import Job, Work, all_of, carry_out
+from varpi.training import train
 from varpi.training.run_directory import RunLock
+from varpi.weights import save_generator, save_tokenizer
 
 TEXT = """
 title: Two methods on the digits
@@ -546,3 +551,97 @@ def test_another_method_takes_the_place_of_the_whole_method(tmp_path: Path) -> N
         "other"
     ]
     assert (other.method.name, other.method.model_dump()["beta"], other.optimizer.learning_rate) == ("cca", 0.5, 3e-4)
+
+
+# -- generators of captions
+
+CAPTIONS = """
+title: The captioned shapes
+start: {{generator: {run}/model.safetensors, tokenizer: {folder}/tokenizer.safetensors}}
+data: {{source: shapes, image_size: 32}}
+seeds: [0]
+set: {{training.steps: 1, training.batch_size: 2, method.reward.perceptual_weight: 0.0}}
+protocol:
+  samples: 12
+  sampling_seeds: [7, 8]
+  judges: [{{name: shapes-detector}}, {{name: shapes-detector, split: held_out}}]
+  metrics: [overall, single_object, counting, colors]
+validation: {{samples: 6, sampling_seed: 9, metric: overall, guidance_scales: [1.0, 2.0]}}
+variants:
+  next_token: {{recipe: shapes-next-token}}
+  va_pi: {{recipe: shapes}}
+"""
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny generator of captions, trained for a step, in a study of two methods."""
+    folder = tmp_path_factory.mktemp("captions")
+    config = replace(tiny.GENERATOR, grid=8, conditioning="text", condition_tokens=12, caption_dim=128)
+    save_generator(tiny.generator(config), folder / "generator.safetensors")
+    save_tokenizer(tiny.tokenizer(), folder / "tokenizer.safetensors")
+    settings = [
+        f"generator.source={folder}/generator.safetensors",
+        f"tokenizer.source={folder}/tokenizer.safetensors",
+        "training.steps=1",
+        "training.batch_size=2",
+    ]
+    train(load_recipe("shapes-next-token", settings), folder / "run", device="cpu", show=False)
+    return {"run": folder / "run", "folder": folder}
+
+
+def test_a_generator_of_captions_is_judged_by_what_it_was_asked(captioned: dict[str, Any], tmp_path: Path) -> None:
+    found = carry(tmp_path, CAPTIONS.format(**captioned))
+    measured = row_of(found, "va_pi")["metrics"]
+    assert [*measured] == ["shapes-detector", "shapes-detector-held_out"]
+    assert [*measured["shapes-detector"]] == ["overall", "single_object", "counting", "colors"]
+    assert [*measured["shapes-detector-held_out"]] == ["overall", "colors"]  # the split has no other of these tasks
+    for name, split in (("shapes-detector", "test"), ("shapes-detector-held_out", "held_out")):
+        reference = found["references"][name]
+        assert reference["sha256"] == CaptionedShapes(split=split).fingerprint
+        assert reference["metrics"]["overall"] >= 0.9  # what the judge makes of the real scenes
+        assert 0 <= measured[name]["overall"]["mean"] <= 1
+    drawn = tmp_path / "out" / "jobs" / "draw" / "start" / "plain"
+    assert {path.name for path in drawn.iterdir()} == {
+        *(f"12-seed-{seed}-of-split={split}" for seed in (7, 8) for split in ("test", "held_out")),
+        "6-seed-9-of-split=validation",
+    }
+    page = (tmp_path / "out" / "study.html").read_text()
+    assert "by GenEval&#39;s rules, one for each of the first captions of shapes" in page
+    assert "Judged by shapes-detector-held_out" in page
+
+
+def test_what_draws_the_scenes_themselves_is_right(captioned: dict[str, Any], tmp_path: Path) -> None:
+    asked = Asked(None, StudyData(source="shapes", image_size=32), "test")
+    seen = see_scenes(tmp_path, asked, 60, Judge(name="shapes-detector"), "cpu")
+    assert seen["metrics"]["overall"] >= 0.95
+    assert asked.first(2) == [CaptionedShapes(split="test").caption(i) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"{name: shapes-detector}, ": "{{name: digits}}, "},
+         r"protocol\.judges: digits is no judge of a generator of captions"),
+        ({"{run}/model": "{folder}/generator"}, "names no text encoder; start with `shapes`, or a run's model"),
+        ({", split: held_out": ""}, "protocol.judges lists a network twice"),
+        ({"sampling_seed: 9,": "sampling_seed: 9, split: held_out,"}, "split is held_out, which the protocol"),
+        ({"metric: overall": "metric: recall", "[overall": "[recall, overall"},
+         "validation.metric is recall, which shapes-detector does not measure"),
+    ],
+)  # fmt: skip
+def test_a_study_of_captions_that_is_refused(
+    change: dict[str, str], message: str, captioned: dict[str, Any], tmp_path: Path
+) -> None:
+    text = CAPTIONS
+    for old, new in change.items():
+        old = old.replace("{name", "{{name").replace("}, ", "}}, ")
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(VarpiError, match=message):
+        carry(tmp_path, text.format(**captioned))
+
+
+def test_classes_are_not_judged_by_the_detector_of_shapes(tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=r"protocol\.judges: shapes-detector is no judge of a generator of classes"):
+        carry(tmp_path, SHORT.replace("name: digits}", "name: shapes-detector}"))

@@ -91,10 +91,11 @@ def look_at_pair(folder: Path, weights: Weights, data: StudyData) -> dict[str, A
     pair = open_pair(weights.generator, tokenizer=weights.tokenizer)
     if pair.image_size != data.image_size:
         raise VarpiError(f"data.image_size is {data.image_size}, and the pair makes images of {pair.image_size} pixels")
-    if pair.generator.num_classes is None and data.source != "shapes":
-        raise VarpiError(
-            f"{weights.generator}: is conditioned on text; a study has prompts for it in data.source shapes"
-        )
+    if pair.generator.num_classes is None:
+        if data.source != "shapes":
+            raise VarpiError(f"{weights.generator}: is conditioned on text; a study knows captions of shapes alone")
+        if pair.generator.text_encoder is None:
+            raise VarpiError(f"{weights.generator}: names no text encoder; start with `shapes`, or a run's model")
     return {
         "num_classes": pair.generator.num_classes,
         "num_tokens": pair.generator.num_tokens,
