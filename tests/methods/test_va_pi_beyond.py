@@ -32,6 +32,7 @@ BEYOND = {
     "both": ("method.estimator=both", "method.group_size=3"),
     "unscaled": ("method.baseline=leave_one_out", "method.scale_by_std=false"),
     "own_noise": ("method.context_noise_source=model", "method.context_noise=0.5"),
+    "falling_noise": ("method.context_noise=0.5", "method.context_noise_end=0"),
     "first_order_guided": ("method.estimator=first_order", "method.group_size=2", "method.prior=guided"),
 }
 
@@ -168,6 +169,18 @@ def test_noise_of_the_models_own(pair: Path) -> None:
     own = objective.sample_tokens(logits, 1, uniforms=draws[:, None, :, 1])[:, 0]
     assert torch.equal(rollout.context, torch.where(draws[..., 0] < 0.5, own, rollout.targets))
     assert not torch.equal(rollout.context, rollout.targets)
+
+
+def test_noise_that_rises(pair: Path) -> None:
+    """From 0 to 1 over five batches, whatever the updates of each: by a quarter a batch."""
+    settings = ("method.context_noise=0", "method.context_noise_end=1", "method.condition_drop=0")
+    recipe = tiny.recipe(pair, *settings, "training.steps=10", "training.updates_per_batch=2")
+    method, batch = build(recipe), batches(recipe).at(0)
+    for number in range(5):
+        rollout: Any = method.loss(batch, number).rollout
+        replaced = method.uniforms(batch, number, (16, 2), Stream.CONTEXT_NOISE)[..., 0] < number / 4
+        assert torch.equal(rollout.context != rollout.targets, replaced)
+    assert method.loss(batch, 0).rollout.context.equal(method.encode(batch))
 
 
 def test_a_guided_prior_of_scale_one_holds_still(pair: Path) -> None:
