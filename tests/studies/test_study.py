@@ -645,3 +645,13 @@ def test_a_study_of_captions_that_is_refused(
 def test_classes_are_not_judged_by_the_detector_of_shapes(tmp_path: Path) -> None:
     with pytest.raises(VarpiError, match=r"protocol\.judges: shapes-detector is no judge of a generator of classes"):
         carry(tmp_path, SHORT.replace("name: digits}", "name: shapes-detector}"))
+
+
+def test_a_judge_of_captions_in_another_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=r"judges.0: precision is bf16; shapes-detector knows fp32 alone"):
+        read(tmp_path, SHORT.replace("name: digits}", "name: shapes-detector, precision: bf16}"))
+
+
+def test_a_judge_in_another_precision_is_another_judge(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    found = carry(tmp_path, TEXT.replace("{name: digits}", "{name: digits, precision: bf16}"))
+    assert found["judges"]["digits"]["precision"] == "bf16"

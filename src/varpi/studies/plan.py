@@ -73,8 +73,16 @@ class Judge(Section):
     draws that is conditioned on the captions of shapes."""
     weights: str | None = None
     """File or directory, where the network needs one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network; the detector knows fp32 alone."""
     split: str | None = None
     """Of the data, in the place of the protocol's."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.name == SHAPES_DETECTOR and self.precision != "fp32":
+            raise ValueError(f"precision is {self.precision}; {SHAPES_DETECTOR} knows fp32 alone")
+        return self
 
     @property
     def key(self) -> str:

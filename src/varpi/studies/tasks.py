@@ -329,7 +329,7 @@ def _identify(model: Path) -> dict[str, str]:
 def identify_judge(judge: Judge) -> dict[str, Any]:
     """What a judge is, with `weights_sha256`."""
     if judge.name != SHAPES_DETECTOR:
-        return dict(load_extractor(judge.name, weights=judge.weights).identity)
+        return dict(_loaded(judge.name, judge.weights, judge.precision, "cpu").identity)
     identity = ShapesDetector(judge.weights).identity
     return {"name": judge.name, "weights_sha256": identity["sha256"], "floor": identity["floor"], **GENEVAL_SETTINGS}
 
@@ -344,7 +344,7 @@ def _pair(weights: Weights, device: str) -> Pair:
 
 
 def _judge(judge: Judge, device: str) -> Network:
-    return _loaded(judge.name, judge.weights, device)
+    return _loaded(judge.name, judge.weights, judge.precision, device)
 
 
 def _reference(data: StudyData, split: str) -> Reference:
@@ -352,8 +352,8 @@ def _reference(data: StudyData, split: str) -> Reference:
 
 
 @lru_cache(maxsize=4)
-def _loaded(name: str, weights: str | None, device: str) -> Network:
-    return load_extractor(name, weights=weights, device=device)
+def _loaded(name: str, weights: str | None, precision: str, device: str) -> Network:
+    return load_extractor(name, weights=weights, precision=precision, device=device)
 
 
 @lru_cache(maxsize=2)
