@@ -8,6 +8,7 @@ from typing import Any
 
 from varpi.data import BadImage, Dropped
 from varpi.data.caption_check import checked
+from varpi.data.classes import readable
 from varpi.data.opening import open_batches, open_split
 from varpi.errors import VarpiError
 from varpi.evaluation.result import MARKER, read_result
@@ -126,7 +127,7 @@ def _asked(
         ids = generator.prepare_condition(list(classes)).cpu().repeat(each)
         if generator.class_names is None:
             return ids, None
-        names = [*generator.class_names, "no class"]
+        names = [*readable(generator.class_names), "no class"]
         return ids, [f"{names[i]} ({i})" for i in ids.tolist()]
     if prompts is not None:
         return [*prompts] * each, [*prompts] * each
