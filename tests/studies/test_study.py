@@ -29,7 +29,7 @@ from varpi.studies import shipped_studies
 from varpi.studies import study as module
 from varpi.studies.plan import Judge, Study, StudyData, load_study
 from varpi.studies.study import carry_out_study, reward_networks
-from varpi.studies.tasks import TOKENS, Asked, see_scenes
+from varpi.studies.tasks import TOKENS, Subject, see_scenes
 from varpi.studies.work import Job, Work, all_of, carry_out
 from varpi.training import train
 from varpi.training.run_directory import RunLock
@@ -612,7 +612,7 @@ def test_a_generator_of_captions_is_judged_by_what_it_was_asked(captioned: dict[
 
 
 def test_what_draws_the_scenes_themselves_is_right(captioned: dict[str, Any], tmp_path: Path) -> None:
-    asked = Asked(None, StudyData(source="shapes", image_size=32), "test")
+    asked = Subject(None, StudyData(source="shapes", image_size=32), "test")
     seen = see_scenes(tmp_path, asked, 60, Judge(name="shapes-detector"), "cpu")
     assert seen["metrics"]["overall"] >= 0.95
     assert asked.first(2) == [CaptionedShapes(split="test").caption(i) for i in range(2)]

@@ -16,7 +16,7 @@ from varpi.report.tables import Cell, ResultTable, TableRow, number, table
 from varpi.runtime.files import write_text
 from varpi.studies.plan import LOWER_IS_BETTER, START, RowSampling, Study
 from varpi.studies.summary import paired_difference, summarize_seeds, winner
-from varpi.studies.tasks import Asked, Weights, decoded
+from varpi.studies.tasks import Subject, Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
@@ -364,6 +364,6 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
 def _grid(row: StudyRow, findings: Findings) -> SampleGrid:
     assert row.drawn is not None
     weights, tokens = row.drawn
-    asked = Asked(findings.pair["num_classes"], findings.study.data, findings.study.protocol.split)
+    asked = Subject(findings.pair["num_classes"], findings.study.data, findings.study.protocol.split)
     images = decoded(load_tokenizer(weights.tokenizer), torch.tensor(tokens))
     return SampleGrid(row.label, images, asked.first(len(tokens)))

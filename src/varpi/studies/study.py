@@ -41,7 +41,7 @@ from varpi.studies.plan import (
 from varpi.studies.summary import UNTRAINED
 from varpi.studies.tasks import (
     TOKENS,
-    Asked,
+    Subject,
     Weights,
     count_operations,
     draw_tokens,
@@ -410,8 +410,8 @@ class _Bench:
         job = Job(name, draw_tokens, arguments, inputs, needs=self._needs(weights))
         return job, self.work(job)
 
-    def _asked(self, split: str) -> Asked:
-        return Asked(self.pair["num_classes"], self.study.data, split)
+    def _asked(self, split: str) -> Subject:
+        return Subject(self.pair["num_classes"], self.study.data, split)
 
     def _measured(self, weights: Weights, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """What every judge sees, by what the study calls it."""

@@ -152,7 +152,7 @@ def see_reference(folder: Path, data: StudyData, split: str, judge: Judge, cache
 
 
 @dataclass(frozen=True)
-class Asked:
+class Subject:
     """What images are drawn of."""
 
     classes: int | None
@@ -171,7 +171,7 @@ class Asked:
 def draw_tokens(
     folder: Path,
     weights: Weights,
-    asked: Asked,
+    asked: Subject,
     sampling: Sampling,
     count: int,
     batch_size: int,
@@ -199,7 +199,7 @@ def measure_tokens(
     folder: Path,
     drawn: Path,
     weights: Weights,
-    asked: Asked,
+    asked: Subject,
     judge: Judge,
     metrics: Sequence[str],
     batch_size: int,
@@ -240,7 +240,7 @@ def measure_tokens(
     return {"metrics": ordered, "warnings": warnings, "seconds": round(time.perf_counter() - begun, 2)}
 
 
-def see_scenes(folder: Path, asked: Asked, count: int, judge: Judge, device: str) -> dict[str, Any]:
+def see_scenes(folder: Path, asked: Subject, count: int, judge: Judge, device: str) -> dict[str, Any]:
     """What GenEval's rules make of the real scenes of the captions: `metrics`, the judge's own faults."""
     scenes = _scenes(asked.data, asked.split)
     images = (render_scene(scenes.scene(i), asked.data.image_size) for i in range(count))
@@ -251,7 +251,7 @@ def measure_prompts(
     folder: Path,
     drawn: Path,
     weights: Weights,
-    asked: Asked,
+    asked: Subject,
     judge: Judge,
     metrics: Sequence[str],
     batch_size: int,
@@ -285,7 +285,7 @@ def _geneval(images: Iterable[np.ndarray], scenes: CaptionedShapes, judge: Judge
 class DrawnImages(SampleSet):
     """The images of drawn tokens, decoded as they are read."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, tokenizer_sha256: str, asked: Asked) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, tokenizer_sha256: str, asked: Subject) -> None:
         self.source = str(path)
         self.tokens = load_file(path)["tokens"]
         self.count = len(self.tokens)
