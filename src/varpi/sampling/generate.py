@@ -17,6 +17,7 @@ from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
+from varpi.sampling.packing import packed_linears
 from varpi.sampling.settings import Sampling, Schedule
 
 IN_FLIGHT = 64
@@ -104,7 +105,9 @@ def generate_with(
                     chosen = uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
                 else:
                     chosen = draws[start : start + size]
-                tokens.append(_decode(generator, part, sampling, chosen, lambda n=size: bar.advance(task, n)))
+                rows = 2 * size if sampling.guidance_scale > 1 else size
+                with packed_linears(generator, rows):
+                    tokens.append(_decode(generator, part, sampling, chosen, lambda n=size: bar.advance(task, n)))
     finally:
         generator.train(was_training)
     return torch.cat(tokens)  # outside inference mode, so that a training step may use the tokens
@@ -133,7 +136,9 @@ def _decode(
 ) -> Tensor:
     """The tokens (B,N) of a batch, one after the other; `draws` (B,N) are its uniform numbers."""
     size, device = len(condition), next(iter(generator.parameters())).device
-    guided = sampling.guidance_scale > 1
+    scales = sampling.scales(generator.num_tokens)
+    guided_to = max((position for position, scale in enumerate(scales) if scale > 1), default=-1)
+    guided = guided_to >= 0
     if guided:  # conditional and unconditional sequences side by side, fed the same tokens
         everywhere = torch.ones(size, dtype=torch.bool, device=device)
         condition = concat_conditions(condition, generator.drop_condition(condition, everywhere))
@@ -142,7 +147,9 @@ def _decode(
     draws = draws.to(device)
     tokens = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=device)
     positions = torch.arange(generator.num_tokens)
-    for position, scale in enumerate(sampling.scales(generator.num_tokens)):
+    for position, scale in enumerate(scales):
+        if guided and position > guided_to:  # nothing asks for the unconditional sequences any more
+            guided, cache = False, cache.first(size)
         if position:
             last = tokens[:, position - 1]
             last = torch.cat([last, last]) if guided else last
