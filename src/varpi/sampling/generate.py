@@ -5,6 +5,7 @@ Shapes: B images, N tokens per image, V vocabulary.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +95,7 @@ def generate_with(
     no_gradient = torch.inference_mode() if draws is None else torch.no_grad()
     generator.eval()
     try:
-        with no_gradient, Progress(console=Console(stderr=True), disable=not progress) as bar:
+        with no_gradient, _as_written(generator), Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("generating", total=count * generator.num_tokens)
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
@@ -111,6 +112,13 @@ def generate_with(
     finally:
         generator.train(was_training)
     return torch.cat(tokens)  # outside inference mode, so that a training step may use the tokens
+
+
+def _as_written(generator: Generator) -> AbstractContextManager[Any]:
+    """Run blocks that were compiled for training as they are written: theirs is a graph for whole sequences."""
+    if any(block._compiled_call_impl is not None for block in generator.blocks):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
