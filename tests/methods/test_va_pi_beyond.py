@@ -266,3 +266,20 @@ def test_with_adapters_the_start_is_the_model_without_them(
 def test_contradictions_are_refused(pair: Path, settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(VarpiError, match=message):
         tiny.recipe(pair, *settings)
+
+
+@pytest.mark.parametrize("estimator", ["policy", "first_order"])
+def test_bf16_rewards_rank_samples_as_fp32_ones_do(pair: Path, estimator: str) -> None:
+    """Correlation of advantages (of gradients at the codes) above 0.99, and another precision it is."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        method = build(tiny.recipe(pair, f"method.estimator={estimator}", f"method.reward.precision={precision}"))
+        recipe = tiny.recipe(pair)
+        outcome = method.loss(batches(recipe).at(0), 0)
+        assert method.tokenizer.decoder.conv_out.weight.dtype == getattr(torch, "bfloat16" if found else "float32")
+        rollout = outcome.rollout
+        scores = rollout.gradients if estimator == "first_order" else rollout.advantages
+        assert scores.dtype == torch.float32
+        found.append(scores.flatten())
+    assert not torch.equal(*found)
+    assert torch.corrcoef(torch.stack(found))[0, 1] > 0.99

@@ -23,7 +23,7 @@ from varpi import objective
 from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
-from varpi.methods.rewards import Reward, code_rewards, load_reward_network, pixel_rewards
+from varpi.methods.rewards import Reward, code_rewards, load_reward_network, lower, pixel_rewards
 from varpi.methods.teacher_forcing import GeneratorMethod, parts
 from varpi.objective.advantages import Baseline
 from varpi.objective.rewards import Perceptual
@@ -166,6 +166,7 @@ class VaPi(GeneratorMethod):
         super().__init__(generator, tokenizer, settings, **shared)
         self.perceptual = perceptual
         self.batches = batches
+        lower(self.settings.reward, self.tokenizer, perceptual)
 
     def loss(self, batch: Batch, step: int, rollout: Rollout | None = None) -> Outcome:
         """Paper Eq. 9-11 for B images. The first call of a batch samples; later ones reuse its rollout."""

@@ -5,6 +5,7 @@ Shapes: B images, N tokens per image, V vocabulary.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
+from varpi.sampling.packing import packed_linears
 from varpi.sampling.settings import Sampling, Schedule
 
 IN_FLIGHT = 64
@@ -93,7 +95,7 @@ def generate_with(
     no_gradient = torch.inference_mode() if draws is None else torch.no_grad()
     generator.eval()
     try:
-        with no_gradient, Progress(console=Console(stderr=True), disable=not progress) as bar:
+        with no_gradient, _as_written(generator), Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("generating", total=count * generator.num_tokens)
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
@@ -104,10 +106,19 @@ def generate_with(
                     chosen = uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
                 else:
                     chosen = draws[start : start + size]
-                tokens.append(_decode(generator, part, sampling, chosen, lambda n=size: bar.advance(task, n)))
+                rows = 2 * size if sampling.guidance_scale > 1 else size
+                with packed_linears(generator, rows):
+                    tokens.append(_decode(generator, part, sampling, chosen, lambda n=size: bar.advance(task, n)))
     finally:
         generator.train(was_training)
     return torch.cat(tokens)  # outside inference mode, so that a training step may use the tokens
+
+
+def _as_written(generator: Generator) -> AbstractContextManager[Any]:
+    """Run blocks that were compiled for training as they are written: theirs is a graph for whole sequences."""
+    if any(block._compiled_call_impl is not None for block in generator.blocks):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -133,7 +144,9 @@ def _decode(
 ) -> Tensor:
     """The tokens (B,N) of a batch, one after the other; `draws` (B,N) are its uniform numbers."""
     size, device = len(condition), next(iter(generator.parameters())).device
-    guided = sampling.guidance_scale > 1
+    scales = sampling.scales(generator.num_tokens)
+    guided_to = max((position for position, scale in enumerate(scales) if scale > 1), default=-1)
+    guided = guided_to >= 0
     if guided:  # conditional and unconditional sequences side by side, fed the same tokens
         everywhere = torch.ones(size, dtype=torch.bool, device=device)
         condition = concat_conditions(condition, generator.drop_condition(condition, everywhere))
@@ -142,7 +155,9 @@ def _decode(
     draws = draws.to(device)
     tokens = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=device)
     positions = torch.arange(generator.num_tokens)
-    for position, scale in enumerate(sampling.scales(generator.num_tokens)):
+    for position, scale in enumerate(scales):
+        if guided and position > guided_to:  # nothing asks for the unconditional sequences any more
+            guided, cache = False, cache.first(size)
         if position:
             last = tokens[:, position - 1]
             last = torch.cat([last, last]) if guided else last
