@@ -14,7 +14,7 @@ from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
-from varpi.sampling.generate import filter_logits, generate, generate_with
+from varpi.sampling.generate import filter_logits, generate, generate_rows, generate_with
 from varpi.sampling.settings import Sampling
 
 
@@ -274,3 +274,42 @@ def test_draws_in_place_of_a_seed(generator: LlamaGen) -> None:
     assert torch.equal(generate_with(generator, CLASSES, Sampling(), draws=draws, batch_size=3), expected)
     with pytest.raises(VarpiError, match=r"draws have shape \(6, 16\); \(7, 16\) is needed"):
         generate_with(generator, CLASSES, Sampling(), draws=draws[1:])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_rows_are_what_generate_draws_and_two_iterators_do_not_mix(generator: LlamaGen, guidance_scale: float) -> None:
+    settings = [Sampling(guidance_scale=guidance_scale, seed=seed) for seed in (3, 4)]
+    expected = [generate_with(generator, CLASSES, one) for one in settings]
+    generator.eval()
+    try:
+        both = list(zip(*(generate_rows(generator, CLASSES, one) for one in settings), strict=True))
+    finally:
+        generator.train()
+    assert [rows.shape for rows, _ in both] == [(7, 4), (7, 8), (7, 12), (7, 16)]
+    for one, tokens in enumerate(expected):
+        for row, rows in enumerate(both, 1):
+            assert torch.equal(rows[one], tokens[:, : 4 * row])
+
+
+def test_rows_that_nobody_asks_for_are_not_drawn(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    step = generator.decode_step
+    monkeypatch.setattr(generator, "decode_step", lambda *given: (steps.append(1), step(*given))[1])
+    generator.eval()
+    try:
+        rows = generate_rows(generator, CLASSES, Sampling(seed=0))
+        next(rows)
+        rows.close()
+    finally:
+        generator.train()
+    assert len(steps) == 3
+    assert list(rows) == []
+
+
+def test_rows_need_a_seed_and_eval_mode(generator: LlamaGen) -> None:
+    with pytest.raises(VarpiError, match="in eval mode and a seed"):
+        next(generate_rows(generator, CLASSES, Sampling(seed=0)))
+    generator.eval()
+    with pytest.raises(VarpiError, match="in eval mode and a seed"):
+        next(generate_rows(generator, CLASSES, Sampling()))
+    generator.train()
