@@ -147,6 +147,22 @@ def test_only_guidance_doubles_the_batch(generator: LlamaGen, monkeypatch: pytes
     assert sizes[6:] == [6, 6, 2]
 
 
+def test_the_unconditional_half_ends_with_guidance(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would go on to compute is asked for by nobody: the tokens are those of both halves fed to the end."""
+    sizes: list[int] = []
+    step = generator.decode_step
+    monkeypatch.setattr(generator, "decode_step", lambda *given: (sizes.append(len(given[0])), step(*given))[1])
+    tokens = generate(generator, CLASSES[:3], greedy=True, guidance_scale=3.0, guidance_interval=4)
+    assert sizes == [6] * 5 + [3] * 10  # after the first token five more under guidance
+    generator.eval()
+    with torch.no_grad():
+        conditional = generator.logits(tokens, CLASSES[:3])
+        null = generator.logits(tokens, torch.full((3,), 5))
+    guided = torch.cat([(null + 3 * (conditional - null))[:, :6], conditional[:, 6:]], dim=1)
+    assert torch.equal(guided.argmax(-1), tokens)
+    assert not torch.equal(conditional.argmax(-1), tokens)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from varpi.data.classes import imagenet_classes
+from varpi.data.classes import readable
 from varpi.errors import VarpiError
 from varpi.methods.rewards import load_reward_network
 from varpi.methods.va_pi import Settings
@@ -66,10 +66,9 @@ class Playground:
 
     def classes(self) -> list[tuple[str, int]]:
         """What each class is called, and its id; none where it is prompts that are understood."""
-        words, names = dict(imagenet_classes()), self.class_names or ()
-        found = []
+        names, found = readable(self.class_names or ()), []
         for i in range(self.pair.generator.num_classes or 0):
-            name = words.get(names[i], names[i]) if i < len(names) else None
+            name = names[i] if i < len(names) else None
             found.append((f"class {i}" if name is None else name if name == str(i) else f"{i} · {name}", i))
         return found
 

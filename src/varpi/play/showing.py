@@ -194,7 +194,7 @@ def show_study(path: Path) -> Markup:
     """A study's page as `varpi study` writes it, without samples, in a frame that runs nothing."""
     findings = read_findings(path)
     try:
-        page = render(page_of(findings, None, ""))
+        page = render(page_of(findings, ""))
     except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise VarpiError(f"{path}: not what `varpi study` writes ({line(error)})") from error
     frame = Markup('<iframe class="study" sandbox="" title="{}" srcdoc="{}"></iframe>')

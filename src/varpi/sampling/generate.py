@@ -5,6 +5,7 @@ Shapes: B images, N tokens per image, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
+from varpi.sampling.packing import packed_linears
 from varpi.sampling.settings import Sampling, Schedule
 
 IN_FLIGHT = 64
@@ -93,7 +95,7 @@ def generate_with(
     no_gradient = torch.inference_mode() if draws is None else torch.no_grad()
     generator.eval()
     try:
-        with no_gradient, Progress(console=Console(stderr=True), disable=not progress) as bar:
+        with no_gradient, _as_written(generator), Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("generating", total=count * generator.num_tokens)
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
@@ -103,8 +105,9 @@ def generate_with(
                 else:
                     chosen = draws[start : start + size]
                 canvas = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=generator.device)
-                for _ in _fill(canvas, generator, part, sampling, chosen):
-                    bar.advance(task, size)
+                with packed_linears(generator, _rows(size, sampling)):
+                    for _ in _fill(canvas, generator, part, sampling, chosen):
+                        bar.advance(task, size)
                 tokens.append(canvas)
     finally:
         generator.train(was_training)
@@ -123,9 +126,22 @@ def generate_rows(generator: Generator, condition: Any, sampling: Sampling) -> I
     condition = generator.prepare_condition(condition)
     draws = _draws(generator, sampling, range(len(condition)))
     tokens = torch.empty(draws.shape, dtype=torch.int64, device=generator.device)
-    for drawn in _fill(tokens, generator, condition, sampling, draws):
-        if drawn % generator.grid == 0:
-            yield tokens[:, :drawn].clone()
+    with packed_linears(generator, _rows(len(draws), sampling)):
+        for drawn in _fill(tokens, generator, condition, sampling, draws):
+            if drawn % generator.grid == 0:
+                yield tokens[:, :drawn].clone()
+
+
+def _rows(size: int, sampling: Sampling) -> int:
+    """Sequences in flight for so many images."""
+    return 2 * size if sampling.guidance_scale > 1 else size
+
+
+def _as_written(generator: Generator) -> AbstractContextManager[Any]:
+    """Run blocks that were compiled for training as they are written: theirs is a graph for whole sequences."""
+    if any(block._compiled_call_impl is not None for block in generator.blocks):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -158,7 +174,9 @@ def _fill(tokens: Tensor, generator: Generator, condition: Any, sampling: Sampli
     draws: (B,N), the batch's uniform numbers.
     """
     size, device = len(condition), tokens.device
-    guided = sampling.guidance_scale > 1
+    scales = sampling.scales(generator.num_tokens)
+    guided_to = max((position for position, scale in enumerate(scales) if scale > 1), default=-1)
+    guided = guided_to >= 0
     if guided:  # conditional and unconditional sequences side by side, fed the same tokens
         everywhere = torch.ones(size, dtype=torch.bool, device=device)
         condition = concat_conditions(condition, generator.drop_condition(condition, everywhere))
@@ -166,7 +184,9 @@ def _fill(tokens: Tensor, generator: Generator, condition: Any, sampling: Sampli
     logits = generator.prefill(condition, cache)
     draws = draws.to(device)
     positions = torch.arange(generator.num_tokens)
-    for position, scale in enumerate(sampling.scales(generator.num_tokens)):
+    for position, scale in enumerate(scales):
+        if guided and position > guided_to:  # nothing asks for the unconditional sequences any more
+            guided, cache = False, cache.first(size)
         if position:
             last = tokens[:, position - 1]
             last = torch.cat([last, last]) if guided else last

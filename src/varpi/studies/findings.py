@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 
 from varpi.errors import VarpiError
 from varpi.report.columns import COLUMNS, Column
@@ -17,12 +17,10 @@ from varpi.report.tables import Cell, ResultTable, TableRow, number, table
 from varpi.runtime import files
 from varpi.studies.plan import LOWER_IS_BETTER, START, RowSampling, Study
 from varpi.studies.summary import paired_difference, summarize_seeds, winner
-from varpi.studies.tasks import TOKENS, Weights, decoded
+from varpi.studies.tasks import Subject, Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
-SHOWN = 40
-"""Samples of each row on the page."""
 COSTS = (
     Column("Images", "lower", "Seen in training, repeats counted, that of the weights it began with included."),
     Column("Minutes", "lower", "Of training, a mean over training seeds, on one core each and beside other work."),
@@ -56,8 +54,8 @@ class StudyRow:
     """Tokens that the transformer passes for an image sampled."""
     weights: dict[str, dict[str, str]] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
-    drawn: tuple[Weights, str] | None = None
-    """The pair and the job of the first samples."""
+    drawn: tuple[Weights, Sequence[Sequence[int]]] | None = None
+    """The pair, and the tokens of the first samples."""
     diverged: str = ""
     """Why there are no numbers."""
 
@@ -99,7 +97,7 @@ class Findings:
 def write_findings(output: Path, findings: Findings, command: str) -> Path:
     """Write study.json and study.html; returns the page."""
     files.write_text(output / "study.json", json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n")
-    write_page(output / "study.html", page_of(findings, output, command))
+    write_page(output / "study.html", page_of(findings, command))
     return output / "study.html"
 
 
@@ -217,11 +215,8 @@ def _row_from_json(found: Mapping[str, Any]) -> StudyRow:
 # -- the page
 
 
-def page_of(findings: Findings, output: Path | None, command: str) -> Page:
-    """The page, of tables by judge, pictures, costs and what was chosen how.
-
-    output: the study's directory, whose samples it shows; None shows none.
-    """
+def page_of(findings: Findings, command: str) -> Page:
+    """The page, of tables by judge, pictures of rows whose samples are at hand, costs and what was chosen how."""
     study = findings.study
     return Page(
         title=study.title,
@@ -230,7 +225,7 @@ def page_of(findings: Findings, output: Path | None, command: str) -> Page:
         verdict=_verdict(findings),
         reading=_reading(findings),
         tables=[one for judge in findings.judges for one in _tables(findings, judge)],
-        samples=[] if output is None else [_grid(row, output) for row in findings.of_table(PLAIN)],
+        samples=[_grid(row, findings) for row in findings.of_table(PLAIN) if row.drawn is not None],
         chosen=_chosen(findings),
         environment={
             **findings.environment,
@@ -268,12 +263,17 @@ def _verdict(findings: Findings) -> str:
 def _paragraph(findings: Findings) -> str:
     study, protocol, choice = findings.study, findings.study.protocol, findings.study.validation
     seeds = ", ".join(map(str, findings.seeds))
-    count = next(iter(findings.references.values()))["count"]
+    reference = next(iter(findings.references.values()))
+    each = f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)}"
+    what = f"against {reference['count']} images of {study.data.source} ({_short(protocol.split)})"
+    if findings.pair["num_classes"] is None:
+        what = f"by GenEval's rules, one for each of the first captions of {study.data.source}"
+        right = [f"{one['metrics']['overall']:.4f} ({judge})" for judge, one in findings.references.items()]
+        what += f" (of the real scenes they find right: {', '.join(right)})"
     sentences = [
         study.paragraph.strip(),
-        f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of "
-        f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)} against {count} "
-        f"images of {study.data.source} ({_short(protocol.split)}), by networks that reward none of the methods.",
+        f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of {each} "
+        f"{what}, by networks that reward none of the methods.",
     ]
     if choice is not None:
         trials = max((len(variant.tune) for variant in study.variants.values()), default=0)
@@ -431,9 +431,9 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items()]
 
 
-def _grid(row: StudyRow, output: Path) -> SampleGrid:
+def _grid(row: StudyRow, findings: Findings) -> SampleGrid:
     assert row.drawn is not None
-    weights, job = row.drawn
-    held = load_file(output / "jobs" / job / TOKENS)
-    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:SHOWN])
-    return SampleGrid(row.label, images, held["classes"][:SHOWN].tolist())
+    weights, tokens = row.drawn
+    asked = Subject(findings.pair["num_classes"], findings.study.data, findings.study.protocol.split)
+    images = decoded(load_tokenizer(weights.tokenizer), torch.tensor(tokens))
+    return SampleGrid(row.label, images, asked.first(len(tokens)))
