@@ -145,7 +145,7 @@ def _settings(recipe: Recipe | None, start: str | None) -> tuple[Settings, str]:
     """The settings of VA-π to show its step by, and whose they are. start: what the pair started from."""
     if recipe is not None and isinstance(recipe.method, Settings):
         return recipe.method, "The reward and its settings are the run's."
-    if start in EMBEDDED:
+    if start is not None and start in EMBEDDED:
         settings = load_recipe(start).method
         assert isinstance(settings, Settings)
         return settings, f"The reward and its settings are those of the recipe {start}."

@@ -75,7 +75,7 @@ def show_step(step: PictureStep, picture: np.ndarray, colors: np.ndarray) -> Mar
         "over the group; the picture's own tokens cost {} nats each.</p>"
     ).format(len(step.rewards), mean.replace("-", "−"), std, number(step.cross_entropy, 3))
     return Markup('<div class="parts">{}</div>{}<div class="group">{}</div>{}').format(
-        Markup("").join(parts), said, Markup("").join(map(Markup, _cards(step))), _LEGEND
+        Markup("").join(parts), said, Markup("").join(_cards(step)), _LEGEND
     )
 
 
