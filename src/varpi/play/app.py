@@ -66,13 +66,13 @@ def _generating(playground: Playground) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             asked = _asking(playground)
-            images = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
+            images = gr.Slider(1, MOST_IMAGES, value=4, step=1, precision=0, label="Images")
             guidance = gr.Slider(1, 10, value=1, step=0.05, label="Guidance scale", info="1: none, at half the cost")
             seed = _seed()
             with gr.Accordion("How tokens are drawn", open=False):
                 temperature = gr.Slider(0.05, 2, value=1, step=0.05, label="Temperature")
                 most = playground.pair.generator.vocab_size
-                top_k = gr.Slider(0, most, value=0, step=1, label="Top-k", info="0: from all")
+                top_k = gr.Slider(0, most, value=0, step=1, precision=0, label="Top-k", info="0: from all")
                 top_p = gr.Slider(0.05, 1, value=1, step=0.01, label="Top-p", info="1: from all")
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100)
@@ -114,9 +114,8 @@ def _picturing(playground: Playground) -> None:
                 label="By",
                 visible=len(playground.players) > 1,
             )
-            group = gr.Slider(
-                2, LARGEST_GROUP, value=min(max(settings.group_size, 2), LARGEST_GROUP), step=1, label="G, samples"
-            )
+            usual = min(max(settings.group_size, 2), LARGEST_GROUP)
+            group = gr.Slider(2, LARGEST_GROUP, value=usual, step=1, precision=0, label="G, samples")
             noise = gr.Slider(0, 1, value=settings.context_noise, step=0.05, label="ξ, context noise")
             seed = _seed()
             start = gr.Button("Take the step", variant="primary", elem_id="step")
