@@ -60,6 +60,7 @@ from varpi.evaluation.geneval import read_geneval_folder
 from varpi.evaluation.reference import open_reference
 from varpi.evaluation.result import Result, read_result, write_result
 from varpi.methods import build_method
+from varpi.play.showing import show_study
 from varpi.recipe import load_recipe
 from varpi.runtime.processes import World
 from varpi.samples.reading import open_samples
@@ -72,6 +73,7 @@ from varpi.weights import export_original, load_generator, load_tokenizer, save_
 
 FORK = multiprocessing.get_context("fork")
 """Imports take seconds, cases milliseconds."""
+STUDY = Path(__file__).parents[1] / "docs" / "results" / "digits.json"
 CASES = 20_000
 BATCH = 400
 """Cases of one process."""
@@ -293,6 +295,10 @@ def formats() -> dict[str, Format]:
         ),
         "reference npz": Format(batch, reference),
         "result": Format(result, lambda folder: read_result(folder / "result.json")),
+        "study": Format(
+            lambda folder: shutil.copyfile(STUDY, folder / "study.json"),
+            lambda folder: show_study(folder / "study.json"),
+        ),
         "geneval": Format(geneval, read_geneval, "**/*.json*"),
         "prompts": Format(prompts, read_all_prompts),
         "run": Format(run, read_run, "run/**/*"),

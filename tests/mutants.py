@@ -924,6 +924,56 @@ MUTANTS = [
         "if False:",
         "studies/test_study.py -k variants_that_are_refused",
     ),
+    # -- the playground
+    Mutant(
+        "a row is shown before it is drawn",
+        "play/frames.py",
+        "frame[:, rows * pair.tokenizer.downsample :] = 0",
+        "frame[:, (rows + 1) * pair.tokenizer.downsample :] = 0",
+        "play/test_frames.py -k blank",
+    ),
+    Mutant(
+        "a slow decoder holds up the drawing",
+        "play/frames.py",
+        "row == grid or decoding <= drawing",
+        "row == grid or decoding >= 0",
+        "play/test_frames.py -k slow",
+    ),
+    Mutant(
+        "the step on a picture has draws of its own",
+        "play/picture_step.py",
+        "stream=Stream.SAMPLES",
+        "stream=Stream.REPORT_SAMPLES",
+        "play/test_picture_step.py -k advantages",
+    ),
+    Mutant(
+        "what a token did well is coloured as bad",
+        "play/showing.py",
+        "values[..., None] > 0",
+        "values[..., None] < 0",
+        "play/test_showing.py -k credit",
+    ),
+    Mutant(
+        "a visitor reads any file that looks like a study",
+        "play/app.py",
+        "if Path(path) not in find_studies(places):",
+        "if not Path(path).exists():",
+        "play/test_app.py -k study",
+    ),
+    Mutant(
+        "an upload that is refused stays on the disk",
+        "play/app.py",
+        "            place.unlink(missing_ok=True)",
+        "            pass",
+        "play/test_app.py -k deleted",
+    ),
+    Mutant(
+        "a study's verdict takes a loss for a gain",
+        "studies/findings.py",
+        '(mean < 0) == (better == "lower")',
+        '(mean > 0) == (better == "lower")',
+        "play/test_showing.py -k study",
+    ),
 ]
 
 

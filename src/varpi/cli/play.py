@@ -1,11 +1,12 @@
 """`varpi play`: a page to try a pair on."""
 
 import argparse
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from varpi.cli.options import add_class_names, add_pair, asked_pair, command, say
-from varpi.errors import VarpiError
+from varpi.errors import Stopped, VarpiError
 
 
 def add(commands: Any) -> None:
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         raise VarpiError(f"--port is {options.port}; it must be in [0, 65535]")
     from varpi.data.classes import read_classes
     from varpi.play.opened import open_playground
-    from varpi.play.server import check_extra, open_server
+    from varpi.play.server import address, check_extra, listen, open_server
     from varpi.runtime.processes import choose_device
 
     def open_named(source: str, tokenizer: Any) -> Any:
@@ -54,16 +55,21 @@ def run(options: argparse.Namespace) -> None:
         return asked_pair(argparse.Namespace(**{**vars(options), **named}))
 
     check_extra()
-    places = [Path(place) for place in options.studies]
-    playground = open_playground(
-        options.generator,
-        open_named,
-        compare=options.compare,
-        alone=options.alone,
-        class_names=None if options.class_names is None else read_classes(options.class_names),
-        perceptual_weights=options.perceptual_weights,
-        device=choose_device(options.device),
-    )
-    with open_server(playground, places, options.host, options.port) as serving:
-        say(f"{serving.url} (Ctrl-C stops)")
-        serving.server.run(sockets=[serving.socket])
+    signal.signal(signal.SIGTERM, _stop)  # else it would end before what visitors left is cleared away
+    with listen(options.host, options.port) as listening:
+        playground = open_playground(
+            options.generator,
+            open_named,
+            compare=options.compare,
+            alone=options.alone,
+            class_names=None if options.class_names is None else read_classes(options.class_names),
+            perceptual_weights=options.perceptual_weights,
+            device=choose_device(options.device),
+        )
+        with open_server(playground, [Path(place) for place in options.studies], listening) as server:
+            say(f"{address(listening)} (Ctrl-C stops)")
+            server.run(sockets=[listening])
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    raise Stopped(number, "stopped")

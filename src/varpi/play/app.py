@@ -6,6 +6,7 @@ are shared and never changed; requests that use them wait in one queue and are s
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace"],
 )
 """With fonts that are on the machine: Gradio's own are asked of others."""
-MODELS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress": "hidden"}
+USES_MODELS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress": "hidden"}
 """Of every event that uses the models."""
 
 
@@ -65,13 +66,13 @@ def _generating(playground: Playground) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             asked = _asking(playground)
-            images = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
+            images = gr.Slider(1, MOST_IMAGES, value=4, step=1, precision=0, label="Images")
             guidance = gr.Slider(1, 10, value=1, step=0.05, label="Guidance scale", info="1: none, at half the cost")
             seed = _seed()
             with gr.Accordion("How tokens are drawn", open=False):
                 temperature = gr.Slider(0.05, 2, value=1, step=0.05, label="Temperature")
                 most = playground.pair.generator.vocab_size
-                top_k = gr.Slider(0, most, value=0, step=1, label="Top-k", info="0: from all")
+                top_k = gr.Slider(0, most, value=0, step=1, precision=0, label="Top-k", info="0: from all")
                 top_p = gr.Slider(0.05, 1, value=1, step=0.01, label="Top-p", info="1: from all")
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100)
@@ -95,7 +96,7 @@ def _generating(playground: Playground) -> None:
             yield show_error(_said(error, "ask for fewer images")), gr.skip()
 
     inputs = [asked, images, guidance, seed, temperature, top_k, top_p]
-    drawing = start.click(draw, inputs, [status, drawn], api_visibility="private", **MODELS)
+    drawing = start.click(draw, inputs, [status, drawn], api_visibility="private", **USES_MODELS)
     stop.click(lambda: show_status("Stopped."), None, status, cancels=[drawing], queue=False, api_visibility="private")
 
 
@@ -113,9 +114,8 @@ def _picturing(playground: Playground) -> None:
                 label="By",
                 visible=len(playground.players) > 1,
             )
-            group = gr.Slider(
-                2, LARGEST_GROUP, value=min(max(settings.group_size, 2), LARGEST_GROUP), step=1, label="G, samples"
-            )
+            usual = min(max(settings.group_size, 2), LARGEST_GROUP)
+            group = gr.Slider(2, LARGEST_GROUP, value=usual, step=1, precision=0, label="G, samples")
             noise = gr.Slider(0, 1, value=settings.context_noise, step=0.05, label="ξ, context noise")
             seed = _seed()
             start = gr.Button("Take the step", variant="primary", elem_id="step")
@@ -138,6 +138,8 @@ def _picturing(playground: Playground) -> None:
             return None, None, show_error("the picture was lost on the way; give it again")
         finally:
             place.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.parent.rmdir()  # whose name is a hash of the file
         side = playground.pair.image_size
         return None, picture, show_status(f"The picture is here, cut to {side}x{side} pixels. Take the step.")
 
@@ -164,7 +166,9 @@ def _picturing(playground: Playground) -> None:
         return show_status(done), show_step(found, picture, colors[id(player)])
 
     file.upload(take_in, file, [file, held, status], show_progress="hidden", api_visibility="private")
-    start.click(step, [held, asked, which, group, noise, seed], [status, shown], api_visibility="private", **MODELS)
+    start.click(
+        step, [held, asked, which, group, noise, seed], [status, shown], api_visibility="private", **USES_MODELS
+    )
 
 
 def _studying(app: gr.Blocks, places: Sequence[Path]) -> None:

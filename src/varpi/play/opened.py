@@ -66,10 +66,11 @@ class Playground:
 
     def classes(self) -> list[tuple[str, int]]:
         """What each class is called, and its id; none where it is prompts that are understood."""
-        count = self.pair.generator.num_classes or 0
-        names = readable(self.class_names or ())
-        names += [f"class {i}" for i in range(len(names), count)]
-        return [(name if name == str(i) else f"{i} · {name}", i) for i, name in enumerate(names[:count])]
+        names, found = readable(self.class_names or ()), []
+        for i in range(self.pair.generator.num_classes or 0):
+            name = names[i] if i < len(names) else None
+            found.append((f"class {i}" if name is None else name if name == str(i) else f"{i} · {name}", i))
+        return found
 
 
 def _facts(pair: Pair) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _settings(recipe: Recipe | None, start: str | None) -> tuple[Settings, str]:
     """The settings of VA-π to show its step by, and whose they are. start: what the pair started from."""
     if recipe is not None and isinstance(recipe.method, Settings):
         return recipe.method, "The reward and its settings are the run's."
-    if start in EMBEDDED:
+    if start is not None and start in EMBEDDED:
         settings = load_recipe(start).method
         assert isinstance(settings, Settings)
         return settings, f"The reward and its settings are those of the recipe {start}."

@@ -18,7 +18,7 @@ from varpi.play.opened import Playground
 from varpi.runtime.randomness import Stream, uniforms
 from varpi.weights.pair import Pair
 
-MOST_PIXELS = 24_000_000
+LARGEST_PICTURE = 24_000_000
 """Width times height of the largest picture that is decoded."""
 
 
@@ -51,9 +51,9 @@ class PictureStep:
 def read_picture(content: bytes, pair: Pair) -> np.ndarray:
     """What training would see of an image's file: uint8 (S,S,3), scaled and cut to the pair's size.
 
-    Raises VarpiError for what is no image, is damaged, or has more than `MOST_PIXELS`.
+    Raises VarpiError for what is no image, is damaged, or has more than `LARGEST_PICTURE`.
     """
-    return to_uint8(load_image(content, "the picture", pair.image_size, max_pixels=MOST_PIXELS)[None])[0]
+    return to_uint8(load_image(content, "the picture", pair.image_size, max_pixels=LARGEST_PICTURE)[None])[0]
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def take_step(
     playground: Playground,
     pair: Pair,
     picture: np.ndarray,
-    asked: Any,
+    condition: Any,
     *,
     group_size: int,
     context_noise: float,
@@ -69,11 +69,11 @@ def take_step(
 ) -> PictureStep:
     """Encode, corrupt, predict, sample, decode, reward, compare (VA-π Eq. 4-10); nothing is trained, dropout is off.
 
-    picture: uint8 (S,S,3). asked: a class id or a prompt. group_size: G >= 2. context_noise: ξ in [0,1].
+    picture: uint8 (S,S,3). condition: of this one image. group_size: G >= 2. context_noise: ξ in [0,1].
     """
     generator, tokenizer, settings = pair.generator, pair.tokenizer, playground.settings
     images = from_uint8(picture[None]).to(generator.device)
-    condition = generator.prepare_condition([asked])
+    condition = generator.prepare_condition(condition)
 
     targets = tokenizer.encode(images)
     shape = (1, targets.shape[1])

@@ -4,18 +4,19 @@ import logging
 import os
 import socket
 import tempfile
+from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from varpi.errors import VarpiError
 from varpi.play.opened import Playground
 
 MOST_BYTES = 10 * 2**20
 """Of an upload."""
-PATIENCE = 2
+GRACE = 2
 """Seconds that a stop waits for requests under way."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -29,49 +30,47 @@ HEAD = """<script>{
 """Gradio's client says just that on the console whenever a stream of events ends; what else it says is to be seen."""
 
 
-class Serving(NamedTuple):
-    """A server that is ready to run on a socket that listens already: `server.run(sockets=[socket])`."""
-
-    server: Any
-    socket: socket.socket
-    url: str
-
-
 @contextmanager
-def open_server(playground: Playground, studies: Sequence[Path], host: str, port: int) -> Iterator[Serving]:
-    """Make the page and its server. port: 0 takes a free one.
+def open_server(playground: Playground, studies: Sequence[Path], listening: socket.socket) -> Iterator[Any]:
+    """The page's server, uvicorn's, to `run(sockets=[listening])`.
 
-    What visitors upload is in a folder of its own until it is read; the folder goes with the server. Raises VarpiError
-    when the address cannot be had.
+    What visitors upload is in a folder of its own until it is read; the folder goes with the server.
     """
-    with _listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="varpi-play-") as folder:
+    with tempfile.TemporaryDirectory(prefix="varpi-play-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported, and when a page is made
         import uvicorn
 
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         config = uvicorn.Config(
             _application(playground, studies),
             log_level="warning",
-            timeout_graceful_shutdown=PATIENCE,
+            timeout_graceful_shutdown=GRACE,
             server_header=False,
         )
-        shown = f"[{host}]" if ":" in host else host
-        yield Serving(uvicorn.Server(config), listening, f"http://{shown}:{listening.getsockname()[1]}")
+        yield uvicorn.Server(config)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. port: 0 takes a free one. Raises VarpiError where that cannot be."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise VarpiError(f"--host {host}: no address of this machine ({error.strerror or error})") from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        listening.bind(where)
         listening.listen()
     except OSError as error:
         listening.close()
         raise VarpiError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from error
     return listening
+
+
+def address(listening: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port, *_ = listening.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_extra() -> None:
@@ -86,7 +85,6 @@ def _application(playground: Playground, studies: Sequence[Path]) -> Any:
 
     from varpi.play.app import QUEUE, THEME, build_app, stylesheet
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     app = build_app(playground, studies).queue(max_size=QUEUE, default_concurrency_limit=2)
     mounted = gradio.mount_gradio_app(
         FastAPI(openapi_url=None),
@@ -105,6 +103,12 @@ def _application(playground: Playground, studies: Sequence[Path]) -> Any:
         head=HEAD,
     )
     return _with_policy(mounted)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is more than that a stop ended the streams of events, which every open page has."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is not CancelledError and not record.getMessage().startswith("Cancel ")
 
 
 def _with_policy(application: Any) -> Any:

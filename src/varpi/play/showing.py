@@ -75,15 +75,15 @@ def show_step(step: PictureStep, picture: np.ndarray, colors: np.ndarray) -> Mar
         "over the group; the picture's own tokens cost {} nats each.</p>"
     ).format(len(step.rewards), mean.replace("-", "−"), std, number(step.cross_entropy, 3))
     return Markup('<div class="parts">{}</div>{}<div class="group">{}</div>{}').format(
-        Markup("").join(parts), said, Markup("").join(map(Markup, _cards(step))), _LEGEND
+        Markup("").join(parts), said, Markup("").join(_cards(step)), _LEGEND
     )
 
 
 _LEGEND = Markup(
-    '<p class="note">Beside each sample: the credit of its tokens, that is, whether the picture around each came nearer '
-    'to yours than in the other samples (<i class="key better"></i>) or less near (<i class="key worse"></i>). '
-    "<code>credit: image</code>, the paper's, gives all tokens of a sample its advantage; <code>credit: local</code> "
-    "gives each its own. Rewards are minus a distance: nearer 0 is better.</p>"
+    '<p class="note">Beside each sample: the credit of its tokens, that is, whether the picture around each came '
+    'nearer to yours than in the other samples (<i class="key better"></i>) or less near '
+    '(<i class="key worse"></i>). <code>credit: image</code>, the paper\'s, gives all tokens of a sample its '
+    "advantage; <code>credit: local</code> gives each its own. Rewards are minus a distance: nearer 0 is better.</p>"
 )
 
 
@@ -195,7 +195,7 @@ def show_study(path: Path) -> Markup:
     findings = read_findings(path)
     try:
         page = render(page_of(findings, ""))
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise VarpiError(f"{path}: not what `varpi study` writes ({line(error)})") from error
     frame = Markup('<iframe class="study" sandbox="" title="{}" srcdoc="{}"></iframe>')
     return frame.format(findings.study.title, page)

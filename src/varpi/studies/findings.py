@@ -142,7 +142,7 @@ def read_findings(path: Path) -> Findings:
         )
     except VarpiError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise VarpiError(f"{path}: not what `varpi study` writes ({files.line(error)})") from error
 
 
