@@ -286,7 +286,7 @@ class VaPi(GeneratorMethod):
             settings.context_noise,
             self.model.vocab_size,
             uniforms=draws,
-            exclude_true=not settings.compat.uniform_noise,
+            exclude_true=not self.settings.compat.uniform_noise,
         )
 
     def _pass(self, context: Tensor, condition: Any) -> Tensor:
