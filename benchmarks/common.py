@@ -122,7 +122,7 @@ def peak_gib(device: str) -> float:
 
 def machine(device: str) -> dict[str, Any]:
     """What a measured number depends on besides the code, and the commit of the code."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -132,6 +132,15 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit or None,
     }
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

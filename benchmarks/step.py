@@ -5,19 +5,30 @@ and draws its G samples from that pass. The naive one, as in the released code, 
 each image G times through a forward and a backward pass. Both run here, one after the other, each in a fresh process;
 everything but the transformer's part is the same code. Data loading and several processes are left out.
 
+With `--authors PATH`, a checkout of the released code, its own step runs beside ours instead of the naive one
+(released.py says how); with `--before PATH`, a checkout of varpi at another commit, that one's too. `--reward-dtype`
+is the precision of our decoder and LPIPS; the correlation of the advantages with those of float32 is printed. On the
+CPU ratios are of processor seconds, all threads together, which other work on the machine changes least.
+
     python benchmarks/step.py --small-vq --perceptual-weight 0          # GPT-B, 256x256, mostly the transformer
     python benchmarks/step.py --architecture llamagen-c2i-xxl --image-size 384 --images 128 --device cuda
+    python benchmarks/step.py --images 1 --reward-dtype bfloat16 --dtype bfloat16 --authors PATH --before PATH
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
+    DTYPES,
     class_conditional,
     count_tflop,
     in_fresh_process,
@@ -31,6 +42,7 @@ from common import (
     synchronize,
     write_json,
 )
+from released import MODELS, check_checkout, measure_released
 from rich.console import Console
 from rich.table import Table
 
@@ -39,8 +51,8 @@ from varpi.data import Batch
 from varpi.errors import VarpiError
 from varpi.generators import LlamaGen
 from varpi.methods import Outcome
-from varpi.methods.rewards import pixel_rewards
-from varpi.methods.va_pi import Rollout, VaPi
+from varpi.methods.rewards import lower, pixel_rewards
+from varpi.methods.va_pi import Rollout, Settings, VaPi
 from varpi.recipe import Recipe, parse_recipe
 from varpi.runtime.processes import World
 from varpi.runtime.stages import Stages
@@ -117,10 +129,6 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
     config = class_conditional(options.architecture, options.image_size)
     recipe = _recipe(options, 1 if kind is VaPi else options.group_size)
     tokenizer, perceptual = _frozen(options, device)
-    if options.channels_last:
-        tokenizer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if options.compile_decoder:
-        tokenizer.decoder.compile()
     generator = random_generator(config, device)
     method = kind(
         generator,
@@ -159,9 +167,9 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
 
 def _recipe(options: argparse.Namespace, copies: int) -> Recipe:
     """The defaults of VA-π. `copies` of each image share a micro-batch, so both steps have equally large passes."""
-    precision = "bf16" if options.dtype == "bfloat16" else "fp32"
+    precision, of_reward = ("bf16" if name == "bfloat16" else "fp32" for name in (options.dtype, options.reward_dtype))
     weight, chunk = options.perceptual_weight, options.decode_batch
-    reward = {"perceptual_weight": weight, "decode_batch": chunk, "precision": precision}
+    reward = {"perceptual_weight": weight, "decode_batch": chunk, "precision": of_reward}
     return parse_recipe(
         {
             "method": {"name": "va_pi", "group_size": options.group_size, "reward": reward},
@@ -204,6 +212,38 @@ def count(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     return {name: {**part, "step": sum(part.values())} for name, part in (("shared", shared), ("naive", naive))}
 
 
+def measure_before(path: Path, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The step of another checkout of varpi, by that one's own benchmark: as `measure`."""
+    own = {"dtype": dtype, "channels_last": False, "compile_decoder": False, "authors": None, "before": None}
+    settings = {name: value for name, value in vars(options).items() if name != "json"} | own
+    paths = [str(path / "benchmarks"), str(path / "src")]
+    script = (
+        f"import sys; sys.path[:0] = {paths!r}; import argparse, json, step; "
+        f"print(json.dumps(step.measure(step.VaPi, argparse.Namespace(**{settings!r}))))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{path}: {ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def correlation(options: argparse.Namespace) -> float:
+    """Of group advantages as scored here with those scored in float32, on random samples of random images."""
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, options.image_size, options.image_size, device=options.device) * 2 - 1
+    scores = []
+    for dtype in (options.reward_dtype, "float32"):
+        torch.manual_seed(1)
+        tokenizer, perceptual = _frozen(options, options.device)
+        settings = _recipe(argparse.Namespace(**{**vars(options), "reward_dtype": dtype}), 1).method
+        assert isinstance(settings, Settings)
+        lower(settings.reward, tokenizer, perceptual)
+        tokens = torch.randint(tokenizer.codebook_size, (4, options.group_size, (options.image_size // 16) ** 2))
+        rewards = pixel_rewards(settings.reward, tokenizer, tokens.to(options.device), images, perceptual)
+        scores.append(objective.group_advantages(rewards.total).flatten())
+    return torch.corrcoef(torch.stack(scores))[0, 1].item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="llamagen-c2i-b", help="a class-conditional LlamaGen")
@@ -213,29 +253,49 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8, help="G, samples per image")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps, after one to warm up")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 is autocast, the default on CUDA")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 is autocast, the default on CUDA")
+    parser.add_argument("--reward-dtype", choices=list(DTYPES), help="of our decoder and LPIPS; by default --dtype")
     parser.add_argument("--decode-batch", type=int, default=16, help="sequences decoded at once")
     parser.add_argument("--perceptual-weight", type=float, default=1.0, help="0 leaves LPIPS out")
     parser.add_argument("--small-vq", action="store_true", help="a tokenizer of a quarter of VQ-16's width")
-    parser.add_argument("--channels-last", action="store_true", help="the tokenizer's memory format")
-    parser.add_argument("--compile-decoder", action="store_true", help="torch.compile the tokenizer's decoder")
+    parser.add_argument("--authors", type=Path, help="a checkout of VA-π's released code, to run its step")
+    parser.add_argument("--before", type=Path, help="a checkout of varpi at another commit, to run its step")
     options = parse(parser)
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    options.reward_dtype = options.reward_dtype or options.dtype
     try:
         tflop = count(options)
+        if options.authors is not None:
+            check_checkout(options.authors)
+            if options.small_vq or options.perceptual_weight != 1 or options.architecture not in MODELS:
+                raise VarpiError(f"--authors: the released step has {', '.join(MODELS)}, VQ-16 and LPIPS of weight 1")
     except VarpiError as error:
         parser.error(str(error))
     rate = in_fresh_process(matmul_tflops, options.device, options.dtype)
-    results = {name: in_fresh_process(measure, kind, options) for name, kind in (("shared", VaPi), ("naive", Naive))}
+    results = {"shared": in_fresh_process(measure, VaPi, options)}
+    if options.authors is None and options.before is None:
+        results["naive"] = in_fresh_process(measure, Naive, options)
+    if options.authors is not None:
+        results["released"] = in_fresh_process(measure_released, options)
+    if options.before is not None:
+        for dtype in dict.fromkeys(("float32", options.dtype)):
+            results[f"before-{dtype}"] = measure_before(options.before, dtype, options)
+    clock = "processor" if options.device == "cpu" else "step"
+    ours = results["shared"]["seconds"][clock]
     content: dict[str, Any] = {
         "machine": machine(options.device),
-        "settings": {name: value for name, value in vars(options).items() if name != "json"},
+        "settings": {name: value for name, value in vars(options).items() if name not in ("json", "authors", "before")},
         "matmul_tflops": rate,
-        **{name: {**result, "tflop": tflop[name]} for name, result in results.items()},
-        "transformer_speedup": _transformer(results["naive"]["seconds"]) / _transformer(results["shared"]["seconds"]),
-        "transformer_speedup_counted": _transformer(tflop["naive"]) / _transformer(tflop["shared"]),
+        **{name: {**result, "tflop": tflop.get(name, {})} for name, result in results.items()},
+        "speedup": {name: result["seconds"][clock] / ours for name, result in results.items() if name != "shared"},
     }
-    _show(content)
+    if options.reward_dtype != "float32":
+        content["advantages_correlation"] = in_fresh_process(correlation, options)
+    if "naive" in results:
+        naive, shared = results["naive"], results["shared"]
+        content["transformer_speedup"] = _transformer(naive["seconds"]) / _transformer(shared["seconds"])
+        content["transformer_speedup_counted"] = _transformer(tflop["naive"]) / _transformer(tflop["shared"])
+    _show(content, list(results))
     write_json(options.json, content)
 
 
@@ -243,31 +303,37 @@ def _transformer(stages: dict[str, float]) -> float:
     return stages["transformer"] + stages["backward"]
 
 
-def _show(content: dict[str, Any]) -> None:
+def _show(content: dict[str, Any], names: list[str]) -> None:
     settings, rate = content["settings"], content["matmul_tflops"]
-    console = Console(width=120)
+    console = Console(width=140)
     title = "{architecture}, {image_size}x{image_size}, {images} images, G = {group_size}, {dtype}".format(**settings)
     table = Table(title=f"{title}; {content['machine']['device']}, {rate:.3g} TFLOP/s measured on a matrix product")
     table.add_column("stage")
-    for name in ("shared", "naive"):
-        for column in (f"{name}: s", "TFLOP", "share of rate", "peak GiB"):
+    for name in names:
+        counted = ("TFLOP", "share of rate") if content[name]["tflop"] else ()
+        for column in (f"{name}: s", *counted, "peak GiB"):
             table.add_column(column, justify="right")
-    for stage in (*STAGES, "step"):
+    for stage in (*STAGES, "step", "processor"):
         row = []
-        for result in (content["shared"], content["naive"]):
-            seconds, tflop = result["seconds"][stage], result["tflop"].get(stage)
-            counted = ["", ""] if tflop is None else [f"{tflop:.3f}", f"{tflop / seconds / rate:.0%}"]
-            row += [f"{seconds:.3f}", *counted, f"{result['peak_gib'][stage]:.2f}"]
-        table.add_row(STAGES.get(stage, "whole step"), *row, end_section=stage == "optimizer")
+        for name in names:
+            side = content[name]
+            seconds, peak, tflop = side["seconds"].get(stage), side["peak_gib"].get(stage), side["tflop"].get(stage)
+            row.append("" if seconds is None else f"{seconds:.3f}")
+            if side["tflop"]:
+                row += ["", ""] if tflop is None else [f"{tflop:.3f}", f"{tflop / seconds / rate:.0%}"]
+            row.append("" if peak is None else f"{peak:.2f}")
+        label = {"step": "whole step", "processor": "of the processor"}.get(stage) or STAGES[stage]
+        table.add_row(label, *row, end_section=stage == "optimizer")
     console.print(table)
-    if settings["device"] == "cpu":  # less than there are: other work took them, and the seconds mean little
-        sides = [content[name]["seconds"] for name in ("shared", "naive")]
-        busy = [f"{side['processor'] / side['step']:.1f}" for side in sides]
-        console.print(f"cores at work: shared {busy[0]}, naive {busy[1]} of {content['machine']['threads']}")
-    console.print(
-        f"transformer, forward and backward: {content['transformer_speedup']:.2f} times as fast as with every image "
-        f"repeated {settings['group_size']} times; counted {content['transformer_speedup_counted']:.2f}"
-    )
+    for name, factor in content["speedup"].items():
+        console.print(f"{name}: {factor:.2f} times the time of ours")
+    if "advantages_correlation" in content:
+        console.print(f"advantages: correlation with those in float32 {content['advantages_correlation']:.5f}")
+    if "transformer_speedup" in content:
+        console.print(
+            f"transformer, forward and backward: {content['transformer_speedup']:.2f} times as fast as with every "
+            f"image repeated {settings['group_size']} times; counted {content['transformer_speedup_counted']:.2f}"
+        )
 
 
 if __name__ == "__main__":

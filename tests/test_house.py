@@ -18,7 +18,7 @@ FLOORS = (
     {"samples"},
     {"methods", "evaluation"},
     {"training"},
-    {"studies", "report"},
+    {"studies", "report", "play"},
     {"cli"},
 )
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}

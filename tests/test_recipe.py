@@ -224,6 +224,10 @@ def test_wrong_values_are_explained(change: dict[str, Any], line: str) -> None:
             "method: compat.rollout_in_eval needs policy_mode: train",
         ),
         ({"method__compat": {"uniform_noise": True}}, "method: compat.uniform_noise is set but context_noise is 0"),
+        (
+            {"method": {"name": "classifier"}, "generator": None, "tokenizer": None, "training__compile": True},
+            "training.compile is for generators; method classifier trains none",
+        ),
         ({"training__updates_per_batch": 3}, "training: steps is 10; it must be a multiple of updates_per_batch"),
         (
             {"training__updates_per_batch": 2, "training__save_every": 5},

@@ -204,6 +204,9 @@ class Training(Section):
     """Of the generator's forward and backward pass; master weights and optimizer state are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more transformer work."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile): the same curve but for rounding, after a first step of a minute
+    or more."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2
@@ -325,6 +328,8 @@ class Recipe(Section):
             raise ValueError(f"lora is for generators; method {method.name} trains none")
         if self.lora is not None and self.generator is not None and self.generator.source is None:
             raise ValueError("lora adapts a pretrained generator: generator.source is missing")
+        if self.training.compile and (self.generator is None or method.trains != "generator"):
+            raise ValueError(f"training.compile is for generators; method {method.name} trains none")
         if self.training.updates_per_batch > 1 and not method.reuses_rollouts:
             raise ValueError(
                 f"training.updates_per_batch is {self.training.updates_per_batch}, but method {method.name} has no "

@@ -20,6 +20,7 @@ from training_runs import contents
 
 from varpi.cli.main import main
 from varpi.data import open_dataset
+from varpi.evaluation.result import Result, write_result
 from varpi.recipe import parse_recipe
 from varpi.tokenizers import VQConfig
 from varpi.weights import export_original, load_generator, load_tokenizer, save_tokenizer, to_original
@@ -183,6 +184,40 @@ def test_report(place: Place) -> None:
     assert text.count("data:image/png;base64,") >= 2  # before and after
     assert "va_pi" in text
     assert 'src="http' not in text
+    assert "Reconstructions under teacher forcing" in text
+    assert "Results" not in text
+
+
+def test_report_of_what_is_asked_for(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "asked"
+    place.run(*place.train("training.steps=1", run="asked"))
+    write_result(run / "scores.json", Result("text", {"clip_score": 0.25}, {}, None, None, {}))
+    capsys.readouterr()
+    asked = ["--classes", "2,0,3", "--samples", 3, "--reconstructions", 0, "--guidance-scale", 2, "--seed", 5]
+    assert main([str(word) for word in ("report", run, *asked, "--device", "cpu")]) == 0
+    assert "drawing 9 images of 16 pixels, before\ndrawing 9 images of 16 pixels, after" in capsys.readouterr().err
+    text = (run / "report.html").read_text()
+    assert "Samples are free-running, guidance scale 2.0, seed 5, from the same seeds." in text
+    assert "scores.json: Fit to the prompts" in text
+    assert "Reconstructions under" not in text
+    assert "one prompt a column: a (0), c (2), no class (3)" in text
+    for words, message in (
+        (("--classes", "4"), "class id 4 is out of range: this generator knows 0 to 2"),
+        (("--classes", "a"), "--classes a: expected whole numbers separated by commas"),
+        (("--prompt", "a dog"), "the generator is conditioned on classes; ask for classes instead of prompts"),
+        (("--samples", "-1"), "--samples is -1; it must be at least 0"),
+    ):
+        assert message in place.refused("report", run, *words)
+
+
+def test_report_where_the_data_are_gone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "moved"
+    place.run(*place.train("training.steps=1", run="moved"))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("/images", "/gone"))
+    assert main(["report", str(run), "--device", "cpu"]) == 0
+    assert "no reconstructions: " in capsys.readouterr().err
+    assert "Reconstructions under" not in (run / "report.html").read_text()
 
 
 def test_doctor(place: Place) -> None:

@@ -10,7 +10,7 @@ import varpi
 from varpi.cli.main import main
 
 HEAVY = ("torch", "numpy", "PIL", "yaml", "pydantic", "transformers", "datasets")
-COMMANDS = ("demo", "recipes", "train", "sample", "evaluate", "study", "encode", "export", "report", "doctor")
+COMMANDS = ("demo", "recipes", "train", "sample", "evaluate", "study", "play", "encode", "export", "report", "doctor")
 
 
 def imported_by(code: str) -> list[str]:

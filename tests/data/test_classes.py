@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from varpi.data import open_dataset
-from varpi.data.classes import imagenet_classes, number_classes, read_classes, wordnet_ids
+from varpi.data.classes import imagenet_classes, number_classes, read_classes, readable, wordnet_ids
 from varpi.data.stream import StreamBatches
 from varpi.errors import VarpiError
 
@@ -44,6 +44,7 @@ def ids(dataset: Any) -> list[int]:
 def test_imagenet_in_the_order_of_its_ids() -> None:
     classes = imagenet_classes()
     assert len(classes) == 1000
+    assert readable(["n01440764", "dog"]) == ["tench", "dog"]
     assert list(wordnet_ids()) == sorted(set(wordnet_ids()))  # the ids follow the WordNet ids
     known = {0: "tench", 1: "goldfish", 207: "golden retriever", 340: "zebra", 483: "castle", 985: "daisy"}
     assert {number: classes[number][1] for number in known} == known

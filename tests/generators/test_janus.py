@@ -119,6 +119,20 @@ def test_teacher_forcing_and_cached_steps_agree(generator: Janus, tokens: Tensor
     assert whole.std() > 0.5
 
 
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_the_first_part_of_a_cache_goes_on_alone(generator: Janus, tokens: Tensor, static: bool) -> None:
+    condition = generator.prepare_condition(PROMPTS)
+    cache = generator.new_cache(3, static=static)
+    generator.prefill(condition, cache)
+    generator.decode_step(tokens[:, 0], torch.tensor(0), cache)
+    part = cache.first(2)
+    alone = generator.decode_step(tokens[:2, 1], torch.tensor(1), part)
+    together = generator.decode_step(tokens[:, 1], torch.tensor(1), cache)
+    torch.testing.assert_close(alone, together[:2], atol=1e-4, rtol=1e-4)
+    assert torch.equal(part.keys[0], cache.keys[0][:2])
+
+
 def test_a_row_does_not_depend_on_its_batch(generator: Janus, tokens: Tensor) -> None:
     condition = generator.prepare_condition(PROMPTS)
     dropped = generator.drop_condition(condition, torch.tensor([True, False, True]))

@@ -9,6 +9,7 @@ from golden import config_of, fill, golden, original_state
 from torch import Tensor
 
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
+from varpi.generators.llamagen import attend, attend_once, rotary_table, rotate
 from varpi.generators.llamagen_files import original_name
 from varpi.sampling.generate import generate
 from varpi.weights import load_generator, to_original
@@ -90,6 +91,26 @@ def test_text_logits_loss_and_greedy_tokens() -> None:
     assert torch.equal(guided, values["greedy.cfg7.5"])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_is_the_fused_one(masked: bool) -> None:
+    """Where a gradient is needed on a CPU, other operations compute it; the rounding of bfloat16 is 2**-8."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 3, 10, 8, generator=generator).bfloat16() for _ in range(4))
+    mask = torch.rand(2, 1, 10, 10, generator=generator) < 0.5 if masked else None
+    if mask is not None:
+        mask |= torch.eye(10, dtype=torch.bool)
+    outputs, gradients = [], []
+    for attention in (attend, F.scaled_dot_product_attention):
+        inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        arguments = (mask,) if attention is attend else (mask, 0.0, mask is None)
+        outputs.append(attention(*inputs, *arguments))
+        assert ("Scaled" in type(outputs[-1].grad_fn).__name__) == (attention is not attend)
+        gradients.append(torch.autograd.grad(outputs[-1], inputs, upstream))
+    torch.testing.assert_close(*outputs, atol=0.02, rtol=0.02)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.02)
+
+
 def test_caption_features_are_padded_on_the_left() -> None:
     config = LlamaGenConfig(32, 2, 2, vocab_size=24, grid=4, conditioning="text", condition_tokens=5, caption_dim=3)
     short, whole = torch.arange(6.0).view(2, 3), torch.ones(5, 3)
@@ -118,3 +139,29 @@ def original_shapes(size: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = LlamaGen(LlamaGenConfig.named(size))
     return {original_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_equals_the_general_one(masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 1, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    mask = torch.tensor([[True] * 9, [True] * 4 + [False] * 5, [False] * 3 + [True] * 6])[:, None, None]
+    mask = mask if masked else None
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attend_once(q, k, v, mask), expected, atol=1e-6, rtol=1e-5)
+    low = [x.bfloat16() for x in (q, k, v)]
+    torch.testing.assert_close(attend_once(*low, mask).float(), expected, atol=3e-2, rtol=0)
+
+
+def test_a_rotation_is_the_same_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = rotary_table(LlamaGenConfig(32, 2, 2, vocab_size=24, grid=4))
+    qkv = torch.randn(3, 17, 3, 2, 16, requires_grad=True)
+    gradients, turned = [], []
+    for compiled in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiled=compiled: compiled)
+        turned.append(rotate(qkv[:, :, :2], table))
+        gradients += torch.autograd.grad(turned[-1].square().sum(), qkv)
+    assert torch.equal(*turned)
+    assert torch.equal(*gradients)
+    angle = turned[0][0, 2, 0, 0, 8:10] @ qkv[0, 2, 0, 0, 8:10].detach()  # grid place 1: one column on, by one radian
+    assert angle.item() == pytest.approx(qkv[0, 2, 0, 0, 8:10].square().sum().item() * 0.5403023, rel=1e-5)

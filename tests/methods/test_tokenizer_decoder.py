@@ -114,12 +114,12 @@ def test_its_page_shows_the_tokenizer_before(pair: Path, tmp_path: Path, monkeyp
     run = quiet(recipe(pair, "training.steps=1"), tmp_path / "run")
     drawn: dict[str, Any] = {}
 
-    def draw(caption: str, generator: Any, tokenizer: Any, *_: Any) -> None:
+    def draw(caption: str, generator: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
         drawn[caption] = tokenizer.state_dict()
 
     monkeypatch.setattr("varpi.report.run.draw_samples", draw)
     monkeypatch.setattr("varpi.report.run.write_page", lambda *_: None)
-    report_run(run, per_condition=1, device="cpu")
+    report_run(run, each=1, device="cpu")
     assert same(drawn["before"], load_tokenizer(pair / "tokenizer.safetensors").state_dict())
     assert same(drawn["after"], load_tokenizer(run).state_dict())
 

@@ -32,6 +32,7 @@ BEYOND = {
     "both": ("method.estimator=both", "method.group_size=3"),
     "unscaled": ("method.baseline=leave_one_out", "method.scale_by_std=false"),
     "own_noise": ("method.context_noise_source=model", "method.context_noise=0.5"),
+    "falling_noise": ("method.context_noise=0.5", "method.context_noise_end=0"),
     "first_order_guided": ("method.estimator=first_order", "method.group_size=2", "method.prior=guided"),
 }
 
@@ -170,6 +171,18 @@ def test_noise_of_the_models_own(pair: Path) -> None:
     assert not torch.equal(rollout.context, rollout.targets)
 
 
+def test_noise_that_rises(pair: Path) -> None:
+    """From 0 to 1 over five batches, whatever the updates of each: by a quarter a batch."""
+    settings = ("method.context_noise=0", "method.context_noise_end=1", "method.condition_drop=0")
+    recipe = tiny.recipe(pair, *settings, "training.steps=10", "training.updates_per_batch=2")
+    method, batch = build(recipe), batches(recipe).at(0)
+    for number in range(5):
+        rollout: Any = method.loss(batch, number).rollout
+        replaced = method.uniforms(batch, number, (16, 2), Stream.CONTEXT_NOISE)[..., 0] < number / 4
+        assert torch.equal(rollout.context != rollout.targets, replaced)
+    assert method.loss(batch, 0).rollout.context.equal(method.encode(batch))
+
+
 def test_a_guided_prior_of_scale_one_holds_still(pair: Path) -> None:
     """The start model is its own target at scale 1."""
     recipe = tiny.recipe(
@@ -253,3 +266,20 @@ def test_with_adapters_the_start_is_the_model_without_them(
 def test_contradictions_are_refused(pair: Path, settings: tuple[str, ...], message: str) -> None:
     with pytest.raises(VarpiError, match=message):
         tiny.recipe(pair, *settings)
+
+
+@pytest.mark.parametrize("estimator", ["policy", "first_order"])
+def test_bf16_rewards_rank_samples_as_fp32_ones_do(pair: Path, estimator: str) -> None:
+    """Correlation of advantages (of gradients at the codes) above 0.99, and another precision it is."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        method = build(tiny.recipe(pair, f"method.estimator={estimator}", f"method.reward.precision={precision}"))
+        recipe = tiny.recipe(pair)
+        outcome = method.loss(batches(recipe).at(0), 0)
+        assert method.tokenizer.decoder.conv_out.weight.dtype == getattr(torch, "bfloat16" if found else "float32")
+        rollout = outcome.rollout
+        scores = rollout.gradients if estimator == "first_order" else rollout.advantages
+        assert scores.dtype == torch.float32
+        found.append(scores.flatten())
+    assert not torch.equal(*found)
+    assert torch.corrcoef(torch.stack(found))[0, 1] > 0.99

@@ -1,5 +1,6 @@
 """LPIPS against the lpips package itself; the offline distance by hand."""
 
+import copy
 import warnings
 from pathlib import Path
 from urllib.error import URLError
@@ -159,3 +160,15 @@ def test_error_maps_add_up_to_the_distance(pair: tuple[LPIPS, lpips.LPIPS]):
         assert [layer.shape for layer in maps] == [(4, *layer.shape[2:]) for layer in left]
         total = torch.stack([layer.mean(dim=(1, 2)) for layer in maps]).sum(dim=0)
         torch.testing.assert_close(total, network.distance(left, right))
+
+
+def test_a_lowered_trunk_is_near_the_exact_one(pair: tuple[LPIPS, lpips.LPIPS]):
+    ours = copy.deepcopy(pair[0])
+    a, b = torch.rand(4, 3, 64, 64) * 2 - 1, torch.rand(4, 3, 64, 64) * 2 - 1
+    exact = ours.distance(ours.maps(a), ours.maps(b))
+    ours.lower()
+    maps = ours.maps(a)
+    assert maps[0].dtype == torch.bfloat16
+    rough = ours.distance(maps, ours.maps(b))
+    assert rough.dtype == torch.float32
+    assert torch.allclose(rough, exact, rtol=0.03)

@@ -109,7 +109,7 @@ def seen(browser, page, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("where", WIDTHS)
 def test_all_that_is_on_the_page_can_be_seen(seen, where):
-    assert len(seen[where]["images"]) == 12
+    assert len(seen[where]["images"]) == 14
     for image in seen[where]["images"]:
         assert image["natural"] > 0, "an image did not decode"
         assert image["width"] >= 60, image
@@ -125,6 +125,14 @@ def test_the_page_is_no_wider_than_its_window(seen, where):
     assert seen[where]["width"] == WIDTHS[where]
     assert seen[where]["wide"] <= WIDTHS[where]
     assert set(seen[where]["outside"]) <= set(seen[where]["scrolling"])  # wide tables scroll in their own frame
+
+
+def test_a_picture_that_is_clicked_on_fills_the_screen(browser, page, tmp_path):
+    text = page.read_text(encoding="utf-8").replace('<input type="checkbox"', '<input type="checkbox" checked', 1)
+    for where, found in probe(browser, text, tmp_path).items():
+        first, second = found["images"][:2]
+        assert (first["x"], first["width"], first["height"]) == (0, WIDTHS[where], 900)
+        assert second["width"] < WIDTHS[where]
 
 
 @pytest.mark.parametrize("where", WIDTHS)

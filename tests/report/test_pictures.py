@@ -28,16 +28,41 @@ def test_large_images_become_one_webp_no_wider_than_a_page_shows():
     uri = grid(SampleGrid("Base", photographs(40, 384), list(range(10)) * 4))["image"]
     assert uri.startswith("data:image/webp;base64,")
     picture = opened(uri)
-    assert picture.size == (10 * 160 + 9 * 10, 4 * 160 + 3 * 10)
-    assert len(uri) < 500_000
+    assert picture.size == (10 * 240 + 9 * 15, 4 * 240 + 3 * 15)
+    assert len(uri) < 700_000
 
 
-def test_a_shrunk_image_looks_like_the_image():
+def test_a_photograph_looks_like_the_photograph():
     images = photographs(4, 256)
     (original, *_) = strips([Reconstruction(*images[:4])] * 8)
+    tile = np.asarray(opened(original["image"]).convert("RGB"), dtype=float)[:256, :256]
+    expected = np.asarray(Image.fromarray(images[0]), dtype=float)
+    assert np.abs(tile - expected).mean() < 4  # of the noise, whose mean size is 3.2, WebP keeps little
+
+
+def test_what_is_too_wide_is_shrunk():
+    images = photographs(4, 256)
+    (original, *_) = strips([Reconstruction(*images[:4])] * 12)
     tile = np.asarray(opened(original["image"]).convert("RGB"), dtype=float)[:200, :200]
     expected = np.asarray(Image.fromarray(images[0]).resize((200, 200)), dtype=float)
     assert np.abs(tile - expected).mean() < 3
+
+
+def test_the_error_of_a_reconstruction_is_bright_where_it_is():
+    original = np.full((32, 32, 3), 100, dtype=np.uint8)
+    base, tuned = original.copy(), original.copy()
+    base[:8, :8] += 80
+    tuned[24:, 24:] += 40
+    shown = {one["label"]: np.asarray(opened(one["image"]))[::4, ::4, :3].astype(int).sum(axis=2)
+             for one in strips([Reconstruction(original, original, base, tuned)])}  # fmt: skip
+    assert [*shown] == ["Original", "Tokenizer", "Base", "Tuned", "Base, error", "Tuned, error"]
+    of_base, of_tuned = shown["Base, error"], shown["Tuned, error"]
+    assert of_base[:6, :6].min() > of_tuned[26:, 26:].max() > 300  # twice the error, on one scale
+    assert of_tuned[26:, 26:].min() > 200
+    for dark in (of_base[12:], of_base[:, 12:], of_tuned[:20], of_tuned[:, :20]):
+        assert dark.max() < 10
+    same = strips([Reconstruction(original, original, original, original)])
+    assert np.asarray(opened(same[-1]["image"]))[..., :3].max() < 10  # no error at all is no division by it
 
 
 def test_images_that_are_not_square_keep_their_shape():

@@ -14,7 +14,7 @@ from varpi.errors import VarpiError
 from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
-from varpi.sampling.generate import filter_logits, generate, generate_with
+from varpi.sampling.generate import filter_logits, generate, generate_rows, generate_with
 from varpi.sampling.settings import Sampling
 
 
@@ -147,6 +147,22 @@ def test_only_guidance_doubles_the_batch(generator: LlamaGen, monkeypatch: pytes
     assert sizes[6:] == [6, 6, 2]
 
 
+def test_the_unconditional_half_ends_with_guidance(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would go on to compute is asked for by nobody: the tokens are those of both halves fed to the end."""
+    sizes: list[int] = []
+    step = generator.decode_step
+    monkeypatch.setattr(generator, "decode_step", lambda *given: (sizes.append(len(given[0])), step(*given))[1])
+    tokens = generate(generator, CLASSES[:3], greedy=True, guidance_scale=3.0, guidance_interval=4)
+    assert sizes == [6] * 5 + [3] * 10  # after the first token five more under guidance
+    generator.eval()
+    with torch.no_grad():
+        conditional = generator.logits(tokens, CLASSES[:3])
+        null = generator.logits(tokens, torch.full((3,), 5))
+    guided = torch.cat([(null + 3 * (conditional - null))[:, :6], conditional[:, 6:]], dim=1)
+    assert torch.equal(guided.argmax(-1), tokens)
+    assert not torch.equal(conditional.argmax(-1), tokens)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -258,3 +274,42 @@ def test_draws_in_place_of_a_seed(generator: LlamaGen) -> None:
     assert torch.equal(generate_with(generator, CLASSES, Sampling(), draws=draws, batch_size=3), expected)
     with pytest.raises(VarpiError, match=r"draws have shape \(6, 16\); \(7, 16\) is needed"):
         generate_with(generator, CLASSES, Sampling(), draws=draws[1:])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_rows_are_what_generate_draws_and_two_iterators_do_not_mix(generator: LlamaGen, guidance_scale: float) -> None:
+    settings = [Sampling(guidance_scale=guidance_scale, seed=seed) for seed in (3, 4)]
+    expected = [generate_with(generator, CLASSES, one) for one in settings]
+    generator.eval()
+    try:
+        both = list(zip(*(generate_rows(generator, CLASSES, one) for one in settings), strict=True))
+    finally:
+        generator.train()
+    assert [rows.shape for rows, _ in both] == [(7, 4), (7, 8), (7, 12), (7, 16)]
+    for one, tokens in enumerate(expected):
+        for row, rows in enumerate(both, 1):
+            assert torch.equal(rows[one], tokens[:, : 4 * row])
+
+
+def test_rows_that_nobody_asks_for_are_not_drawn(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    step = generator.decode_step
+    monkeypatch.setattr(generator, "decode_step", lambda *given: (steps.append(1), step(*given))[1])
+    generator.eval()
+    try:
+        rows = generate_rows(generator, CLASSES, Sampling(seed=0))
+        next(rows)
+        rows.close()
+    finally:
+        generator.train()
+    assert len(steps) == 3
+    assert list(rows) == []
+
+
+def test_rows_need_a_seed_and_eval_mode(generator: LlamaGen) -> None:
+    with pytest.raises(VarpiError, match="in eval mode and a seed"):
+        next(generate_rows(generator, CLASSES, Sampling(seed=0)))
+    generator.eval()
+    with pytest.raises(VarpiError, match="in eval mode and a seed"):
+        next(generate_rows(generator, CLASSES, Sampling()))
+    generator.train()

@@ -35,7 +35,7 @@ def test_what_a_demo_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert "varpi demo --steps 1 --samples 50 --seeds 2" in text
     assert text.index("no gain that this run can show") < text.index("Without guidance") < text.index("With guidance,")
     assert text.count('<tr class="of-interest">') == 1
-    assert text.count("data:image/") == 4 + 4 + text.count('rel="icon" href="data:image/')  # grids, reconstructions
+    assert text.count("data:image/") == 4 + 6 + text.count('rel="icon" href="data:image/')  # grids, reconstructions
     assert "trained tuned" in (said := capfd.readouterr().err)
     assert "measured base_best_temperature, seed 1001" in said
     for name in ("control", "va_pi", "tuned"):

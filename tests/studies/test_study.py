@@ -10,25 +10,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
+from varpi.data.shapes import CaptionedShapes
 from varpi.errors import Stopped, VarpiError
 from varpi.recipe import load_recipe
 from varpi.runtime.sources import embedded
 from varpi.runtime.tensors import sha256_of
 from varpi.studies import shipped_studies
 from varpi.studies import study as module
-from varpi.studies.plan import Study, load_study
+from varpi.studies.plan import Judge, Study, StudyData, load_study
 from varpi.studies.study import carry_out_study, reward_networks
-from varpi.studies.tasks import TOKENS
+from varpi.studies.tasks import TOKENS, Subject, see_scenes
 from varpi.studies.work import Job, Work, all_of, carry_out
+from varpi.training import train
 from varpi.training.run_directory import RunLock
+from varpi.weights import save_generator, save_tokenizer
 
 TEXT = """
 title: Two methods on the digits
@@ -114,19 +119,21 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         said = hooks["trained"](folder)
         if said is not None:
             return {"diverged": said}
-        return {"sha256": f"{hash(str(folder))}", "part": "generator", "steps": 2, "images": 4, "seconds": 0.5}
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "model.safetensors").touch()
+        return {"sha256": hooks["done"][-1], "part": "generator", "steps": 2, "images": 4, "seconds": 0.5}
 
-    def draw(folder: Path, weights: Any, classes: int, sampling: Any, count: int, *rest: Any) -> dict[str, Any]:
+    def draw(folder: Path, weights: Any, asked: Any, sampling: Any, count: int, *rest: Any) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
-        asked = torch.arange(classes).repeat(count // classes)
-        save_file({"tokens": torch.zeros(count, 64, dtype=torch.int32), "classes": asked}, folder / TOKENS)
+        save_file({"tokens": torch.zeros(count, 64, dtype=torch.int32)}, folder / TOKENS)
         (folder / "about.json").write_text(
             json.dumps([weights.place, sampling.guidance_scale, sampling.temperature, sampling.seed])
         )
-        return {"sha256": str(folder)}
+        return {"sha256": str(folder).partition("/jobs/")[2], "shown": [[0] * 64]}
 
-    def measure(folder: Path, drawn: Path, weights: Any, data: Any, split: str, *rest: Any) -> dict[str, Any]:
-        value = hooks["value"](*(about := json.loads((drawn / "about.json").read_text()))[:1], split, *about[1:])
+    def measure(folder: Path, drawn: Path, weights: Any, asked: Any, *rest: Any) -> dict[str, Any]:
+        place, *about = json.loads((drawn / "about.json").read_text())
+        value = hooks["value"](place, asked.split, *about)
         return {"metrics": {"frechet_distance": value, "class_agreement": 0.5}, "warnings": []}
 
     monkeypatch.setattr(module, "train_variant", train)
@@ -264,6 +271,76 @@ def test_a_job_is_done_once_and_refused_for_another_study(tmp_path: Path, stand_
     assert row_of(longer, "again")["metrics"]["digits"]["frechet_distance"]["values"].keys() == {"0", "1", "2"}
 
 
+def test_another_machine_goes_on_from_the_records(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    part = read(here).only(["next_token"])
+    carry_out_study(part, "pair.yaml", here / "out", jobs=1, device="cpu", command="varpi study pair")
+    records = here / "out" / "records.jsonl"
+    done = [json.loads(line)["job"] for line in records.read_text().splitlines()]
+    assert done == sorted(set(done))
+    assert {"pair", "train/next_token/learning_rate=0.0002/seed-0"} <= {*done}
+
+    stand_ins["done"].clear()
+    found = carry(there, records=[records])
+    # What a further job begins with is trained again, of the trial that was chosen; the other trial is not.
+    chosen = "learning_rate=0.0002"
+    expected = [
+        *(f"train/next_token/{chosen}/seed-{seed}" for seed in (0, 1)),
+        "train/again/seed-0",
+        "train/again/seed-1",
+    ]
+    assert sorted(stand_ins["done"]) == sorted(expected)
+    stand_ins["done"].clear()
+    assert carry(tmp_path) == found  # as without records
+    both = [json.loads(line)["job"] for line in (there / "out" / "records.jsonl").read_text().splitlines()]
+    assert {*done} < {*both}
+    stand_ins["done"].clear()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert carry(elsewhere, records=[there / "out" / "records.jsonl"]) == found
+    assert stand_ins["done"] == []  # nothing but the page
+
+
+def test_records_of_other_inputs_do_not_count(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    carry(tmp_path)
+    other, count = tmp_path / "other", len(stand_ins["done"])
+    other.mkdir()
+    carry(other, TEXT, "set.training.steps=3", records=[tmp_path / "out" / "records.jsonl"])
+    assert len(stand_ins["done"]) == 2 * count
+
+
+def test_weights_that_come_out_otherwise_are_measured_anew(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    """As on another kind of processor: nothing of the record's weights is mixed with the new ones."""
+    first = carry(tmp_path)
+    records = tmp_path / "records.jsonl"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["job"] == "train/next_token/learning_rate=0.0002/seed-0":
+            line["result"]["sha256"] = "of another processor"
+    kept = [line for line in lines if line["job"] != "train/again/seed-0"]
+    records.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    other = tmp_path / "other"
+    other.mkdir()
+    assert carry(other, records=[records]) == first
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"job": "pair", "inputs": "ab"}', '{"job": 1, "inputs": "ab", "result": {}}']
+)
+def test_records_that_are_none(line: str, tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"job": "pair", "inputs": "ab", "result": {}}\n' + line + "\n")
+    with pytest.raises(
+        VarpiError, match=r"records\.jsonl, line 2: is no record of a study's job, as records\.jsonl of its"
+    ):
+        carry(tmp_path, records=[records])
+    with pytest.raises(VarpiError, match=r"gone\.jsonl: cannot be read as records of a study"):
+        carry(tmp_path, records=[tmp_path / "gone.jsonl"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_job_of_another_process_is_waited_for(tmp_path: Path) -> None:
     job = Job("slow", answer, (41,), {"question": 1})
     held = RunLock(tmp_path / "jobs" / "slow")
@@ -359,7 +436,7 @@ def change(old: str, new: str) -> str:
         (change("[1000, 1001]", "[1000, 1000]"), "protocol.sampling_seeds lists a seed twice"),
         (change("sampling_seed: 999", "sampling_seed: 1000"), "validation.sampling_seed is 1000, which figures use"),
         (change("  sampling_seed: 999", "  sampling_seed: 999\n  split: test"),
-         "validation.split is test, which protocol.split reports on"),
+         "validation.split is test, which the protocol reports on"),
         (change("[{name: digits}]", "[{name: digits}, {name: digits}]"), "protocol.judges lists a network twice"),
         (change("temperatures: [0.8, 1.0]", "temperatures: []"), "cooler.sampling.temperature is best, but validation"),
         (change("after: next_token", "after: gone"), "variants.again.after is gone, and there is no such variant"),
@@ -474,3 +551,107 @@ def test_another_method_takes_the_place_of_the_whole_method(tmp_path: Path) -> N
         "other"
     ]
     assert (other.method.name, other.method.model_dump()["beta"], other.optimizer.learning_rate) == ("cca", 0.5, 3e-4)
+
+
+# -- generators of captions
+
+CAPTIONS = """
+title: The captioned shapes
+start: {{generator: {run}/model.safetensors, tokenizer: {folder}/tokenizer.safetensors}}
+data: {{source: shapes, image_size: 32}}
+seeds: [0]
+set: {{training.steps: 1, training.batch_size: 2, method.reward.perceptual_weight: 0.0}}
+protocol:
+  samples: 12
+  sampling_seeds: [7, 8]
+  judges: [{{name: shapes-detector}}, {{name: shapes-detector, split: held_out}}]
+  metrics: [overall, single_object, counting, colors]
+validation: {{samples: 6, sampling_seed: 9, metric: overall, guidance_scales: [1.0, 2.0]}}
+variants:
+  next_token: {{recipe: shapes-next-token}}
+  va_pi: {{recipe: shapes}}
+"""
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny generator of captions, trained for a step, in a study of two methods."""
+    folder = tmp_path_factory.mktemp("captions")
+    config = replace(tiny.GENERATOR, grid=8, conditioning="text", condition_tokens=12, caption_dim=128)
+    save_generator(tiny.generator(config), folder / "generator.safetensors")
+    save_tokenizer(tiny.tokenizer(), folder / "tokenizer.safetensors")
+    settings = [
+        f"generator.source={folder}/generator.safetensors",
+        f"tokenizer.source={folder}/tokenizer.safetensors",
+        "training.steps=1",
+        "training.batch_size=2",
+    ]
+    train(load_recipe("shapes-next-token", settings), folder / "run", device="cpu", show=False)
+    return {"run": folder / "run", "folder": folder}
+
+
+def test_a_generator_of_captions_is_judged_by_what_it_was_asked(captioned: dict[str, Any], tmp_path: Path) -> None:
+    found = carry(tmp_path, CAPTIONS.format(**captioned))
+    measured = row_of(found, "va_pi")["metrics"]
+    assert [*measured] == ["shapes-detector", "shapes-detector-held_out"]
+    assert [*measured["shapes-detector"]] == ["overall", "single_object", "counting", "colors"]
+    assert [*measured["shapes-detector-held_out"]] == ["overall", "colors"]  # the split has no other of these tasks
+    for name, split in (("shapes-detector", "test"), ("shapes-detector-held_out", "held_out")):
+        reference = found["references"][name]
+        assert reference["sha256"] == CaptionedShapes(split=split).fingerprint
+        assert reference["metrics"]["overall"] >= 0.9  # what the judge makes of the real scenes
+        assert 0 <= measured[name]["overall"]["mean"] <= 1
+    drawn = tmp_path / "out" / "jobs" / "draw" / "start" / "plain"
+    assert {path.name for path in drawn.iterdir()} == {
+        *(f"12-seed-{seed}-of-split={split}" for seed in (7, 8) for split in ("test", "held_out")),
+        "6-seed-9-of-split=validation",
+    }
+    page = (tmp_path / "out" / "study.html").read_text()
+    assert "by GenEval&#39;s rules, one for each of the first captions of shapes" in page
+    assert "Judged by shapes-detector-held_out" in page
+
+
+def test_what_draws_the_scenes_themselves_is_right(captioned: dict[str, Any], tmp_path: Path) -> None:
+    asked = Subject(None, StudyData(source="shapes", image_size=32), "test")
+    seen = see_scenes(tmp_path, asked, 60, Judge(name="shapes-detector"), "cpu")
+    assert seen["metrics"]["overall"] >= 0.95
+    assert asked.first(2) == [CaptionedShapes(split="test").caption(i) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"{name: shapes-detector}, ": "{{name: digits}}, "},
+         r"protocol\.judges: digits is no judge of a generator of captions"),
+        ({"{run}/model": "{folder}/generator"}, "names no text encoder; start with `shapes`, or a run's model"),
+        ({", split: held_out": ""}, "protocol.judges lists a network twice"),
+        ({"sampling_seed: 9,": "sampling_seed: 9, split: held_out,"}, "split is held_out, which the protocol"),
+        ({"metric: overall": "metric: recall", "[overall": "[recall, overall"},
+         "validation.metric is recall, which shapes-detector does not measure"),
+    ],
+)  # fmt: skip
+def test_a_study_of_captions_that_is_refused(
+    change: dict[str, str], message: str, captioned: dict[str, Any], tmp_path: Path
+) -> None:
+    text = CAPTIONS
+    for old, new in change.items():
+        old = old.replace("{name", "{{name").replace("}, ", "}}, ")
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(VarpiError, match=message):
+        carry(tmp_path, text.format(**captioned))
+
+
+def test_classes_are_not_judged_by_the_detector_of_shapes(tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=r"protocol\.judges: shapes-detector is no judge of a generator of classes"):
+        carry(tmp_path, SHORT.replace("name: digits}", "name: shapes-detector}"))
+
+
+def test_a_judge_of_captions_in_another_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VarpiError, match=r"judges.0: precision is bf16; shapes-detector knows fp32 alone"):
+        read(tmp_path, SHORT.replace("name: digits}", "name: shapes-detector, precision: bf16}"))
+
+
+def test_a_judge_in_another_precision_is_another_judge(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    found = carry(tmp_path, TEXT.replace("{name: digits}", "{name: digits, precision: bf16}"))
+    assert found["judges"]["digits"]["precision"] == "bf16"

@@ -7,6 +7,7 @@ from torch import nn
 
 from varpi.errors import VarpiError
 from varpi.tokenizers import VQ, VQConfig
+from varpi.tokenizers.vq import Upsample
 from varpi.weights import load_tokenizer
 
 
@@ -54,3 +55,42 @@ def test_the_gradient_passes_straight_through_the_codes() -> None:
 def test_tokens_that_are_no_square_of_whole_numbers(tokens: torch.Tensor) -> None:
     with pytest.raises(VarpiError, match=rf"VQ.decode: tokens are {tokens.dtype} .*int64 \(B, N\) with N a square"):
         load_tokenizer("digits").decode(tokens)
+
+
+def small() -> VQ:
+    torch.manual_seed(0)
+    tokenizer = VQ(VQConfig(downsample=4, channels=32, channel_multipliers=(1, 1, 2), latent_channels=64))
+    nn.init.normal_(tokenizer.quantize.embedding.weight)
+    return tokenizer.requires_grad_(False).eval()
+
+
+def test_up_sampling_folded_into_its_convolution_is_the_same() -> None:
+    tokenizer = small()
+    upsample = next(module for module in tokenizer.decoder.modules() if isinstance(module, Upsample))
+    x = torch.randn(2, upsample.conv.in_channels, 5, 7, requires_grad=True)
+    plain = upsample(x)
+    upsample.fold()
+    folded = upsample(x)
+    assert folded.shape == plain.shape == (2, upsample.conv.out_channels, 10, 14)
+    torch.testing.assert_close(folded, plain, atol=1e-5, rtol=0)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (plain, folded)]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_lowered_decoder_is_near_the_exact_one() -> None:
+    tokenizer = small()
+    tokens = torch.randint(tokenizer.codebook_size, (4, 64))
+    exact, codes = tokenizer.decode(tokens), tokenizer.code_vectors()[tokens].mT.reshape(4, 8, 8, 8)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    before = tokenizer.encode(images)
+    tokenizer.lower_decoder()
+    low = tokenizer.decode(tokens)
+    assert low.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([exact.flatten(), low.flatten()]))[0, 1] > 0.999
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.decode(tokens), low)
+    assert torch.equal(tokenizer.encode(images), before)  # the encoder is as it was
+    codes.requires_grad_()
+    (gradient,) = torch.autograd.grad(tokenizer.decode_codes(codes).square().mean(), codes)
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().sum() > 0

@@ -6,11 +6,14 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from torch._dynamo.utils import counters
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.errors import VarpiError
 from varpi.runtime.processes import World
+from varpi.sampling.generate import generate
 from varpi.training import read_metrics, train
+from varpi.training.compiling import compile_blocks
 from varpi.training.loop import _train
 from varpi.training.run_directory import RunLock
 from varpi.weights import load_generator
@@ -110,6 +113,36 @@ def test_gradient_checkpointing_changes_nothing(pair: Path, tmp_path: Path) -> N
     for one, other in zip(numbers(plain), numbers(spared), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
         assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
+
+
+def test_compiled_blocks_give_the_same_curve(pair: Path, tmp_path: Path) -> None:
+    """With dropout, whose masks are the same."""
+    settings = ("training.steps=4", "optimizer.learning_rate=1e-3")
+    plain = quiet(tiny.recipe(pair, *settings), tmp_path / "plain")
+    counters.clear()
+    compiled = quiet(tiny.recipe(pair, *settings, "training.compile=true"), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] > 0
+    for one, other in zip(numbers(plain), numbers(compiled), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_what_was_compiled_generates_as_written() -> None:
+    plain, compiled = tiny.generator(), tiny.generator()
+    compile_blocks(compiled, "cpu")
+    counters.clear()
+    classes = torch.tensor([0, 1, 2])
+    assert torch.equal(generate(compiled, classes, seed=0), generate(plain, classes, seed=0))
+    assert not counters["stats"]["unique_graphs"]
+
+
+def test_without_a_compiler_nothing_begins(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(VarpiError, match=r"training\.compile needs a C\+\+ compiler"):
+        quiet(tiny.recipe(pair, "training.compile=true"), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_accumulation_changes_nothing(pair: Path, tmp_path: Path) -> None:

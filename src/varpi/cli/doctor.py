@@ -20,6 +20,7 @@ EXTRAS = {
     "evaluation": "torch_fidelity",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "play": "gradio",
 }
 
 

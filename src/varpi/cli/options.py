@@ -67,9 +67,14 @@ def asked_card(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_pair(parser: argparse.ArgumentParser) -> None:
+def add_pair(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """The generator and what belongs to it. default: the generator where none is named."""
     parser.add_argument(
-        "generator", metavar="GENERATOR", help="checkpoint, run directory, Hub id, or `digits` for the embedded one"
+        "generator",
+        metavar="GENERATOR",
+        nargs=None if default is None else "?",
+        default=default,
+        help="checkpoint, run directory, Hub id, or `digits` for the embedded one",
     )
     parser.add_argument(
         "--tokenizer", help="checkpoint, Hub id, or `digits` (default: the run's; a transformers model brings its own)"

@@ -241,16 +241,24 @@ def _repeated(options: argparse.Namespace, prompts: Sequence[str], check: Callab
     return [prompt for prompt in prompts for _ in range(options.per_prompt)]
 
 
+def class_ids(text: str) -> list[int]:
+    """What --classes lists."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        ids = [2**63]
+    if any(abs(one) >= 2**63 for one in ids):
+        raise VarpiError(f"--classes {text}: expected whole numbers separated by commas")
+    return ids
+
+
 def _classes(options: argparse.Namespace, num_classes: int | None, check: Callable[[int], None]) -> Any:
     import torch
 
     if num_classes is None:
         raise VarpiError("this generator is conditioned on text: give --prompt, --prompts or --captions")
     if options.classes is not None:
-        try:
-            return torch.tensor([int(part) for part in options.classes.split(",")])
-        except (ValueError, RuntimeError) as error:  # no number, or beyond int64
-            raise VarpiError(f"--classes {options.classes}: expected whole numbers separated by commas") from error
+        return torch.tensor(class_ids(options.classes))
     count = options.per_class if options.per_class is not None else options.count
     if count < 1:
         raise VarpiError(f"the number of images is {count}; it must be at least 1")

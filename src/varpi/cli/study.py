@@ -39,6 +39,15 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="jobs at once, one thread each (default: one a core; with CUDA 1)"
     )
+    parser.add_argument(
+        "--records",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="go on from the records.jsonl of another machine's --output; weights that something still needs are "
+        "trained again",
+    )
     add_device(parser)
     parser.add_argument("--print-study", action="store_true", help="print the complete study and stop")
 
@@ -66,6 +75,7 @@ def run(options: argparse.Namespace) -> None:
         where,
         Path(options.output or Path("runs", f"study-{Path(options.study).stem}")),
         seeds=options.seeds,
+        records=options.records,
         jobs=options.jobs or (min(torch.get_num_threads(), AT_ONCE) if device == "cpu" else 1),
         device=device,
         command=_command(options),

@@ -30,6 +30,12 @@ def wordnet_ids() -> tuple[str, ...]:
     return tuple(wordnet_id for wordnet_id, _ in imagenet_classes())
 
 
+def readable(names: Sequence[str]) -> list[str]:
+    """Names of classes for people: in the place of ImageNet's WordNet ids their first names."""
+    known = dict(imagenet_classes())
+    return [known.get(name, name) for name in names]
+
+
 def read_classes(classes: Classes) -> tuple[str, ...]:
     """The names, in the order of their ids.
 

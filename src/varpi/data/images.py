@@ -34,7 +34,7 @@ FORMATS = {
 """What is decoded, by Pillow's name, and how such files are called."""
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 MAX_PIXELS = 100_000_000
-"""Width times height of the largest image that is decoded: 300 MB as RGB."""
+"""Width times height of the largest image that is decoded unless a caller says less: 300 MB as RGB."""
 _MAX_BYTES = 1 << 30  # no image of MAX_PIXELS is larger, however it is stored
 
 # Of damaged metadata, and of sizes that are checked here anyway; a warning per image would drown the rest
@@ -45,13 +45,14 @@ def has_image_suffix(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def decode(source: Path | bytes, name: str, *, min_side: int = 0) -> Image.Image:
+def decode(source: Path | bytes, name: str, *, min_side: int = 0, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one image to RGB, by the rules above.
 
     Args:
         source: a file, or the bytes of one.
         name: what to call it in an error.
         min_side: the shorter side that an image must have at least, in pixels.
+        max_pixels: width times height of the largest image that is decoded.
 
     Raises:
         Dropped: the image is smaller; its header says so, and nothing is decoded.
@@ -59,7 +60,7 @@ def decode(source: Path | bytes, name: str, *, min_side: int = 0) -> Image.Image
     """
     try:
         with _opened(source) as file, Image.open(file, formats=list(FORMATS)) as image:
-            _check_size(image, name, min_side)
+            _check_size(image, name, min_side, max_pixels)
             image.load()
             return _to_rgb(_upright(image))
     except (BadImage, Dropped):
@@ -80,10 +81,10 @@ def _opened(source: Path | bytes) -> BinaryIO:
     return file
 
 
-def _check_size(image: Image.Image, name: str, min_side: int) -> None:
+def _check_size(image: Image.Image, name: str, min_side: int, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{name}: {width}x{height} pixels are more than {MAX_PIXELS}, the most that is decoded")
+    if width * height > max_pixels:
+        raise BadImage(f"{name}: {width}x{height} pixels are more than {max_pixels}, the most that is decoded")
     if min(width, height) < min_side:
         raise Dropped(f"{name}: {width}x{height} pixels; the shorter side must have {min_side}", TOO_SMALL)
 

@@ -8,19 +8,21 @@ from PIL import Image
 from torch import Tensor
 
 from varpi.data.dataset import BadImage
-from varpi.data.images import decode
+from varpi.data.images import MAX_PIXELS, decode
 
 # A strip of 1x10000 pixels is a file gone wrong, and would swell to gigabytes when its short side is scaled up.
 _MAX_ASPECT_RATIO = 100
 
 
-def load_image(source: Path | bytes, name: str, image_size: int, *, min_side: int = 0) -> Tensor:
+def load_image(
+    source: Path | bytes, name: str, image_size: int, *, min_side: int = 0, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Decode one image, as `decode` does, and crop it to float32 (3, image_size, image_size) in [-1, 1].
 
     Raises:
         Dropped, BadImage: as `decode`, and for an image longer than wide beyond all use.
     """
-    image = decode(source, name, min_side=min_side)
+    image = decode(source, name, min_side=min_side, max_pixels=max_pixels)
     if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         raise BadImage(f"{name}: {image.width}x{image.height} pixels are too narrow for a square crop")
     return to_tensor(center_crop(image, image_size))

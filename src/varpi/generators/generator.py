@@ -81,7 +81,7 @@ class Generator(Stored, ABC):
 
     @abstractmethod
     def new_cache(self, batch_size: int, *, static: bool = False) -> Any:
-        """Room for the keys and values of `batch_size` sequences, written in place.
+        """Room for the keys and values of `batch_size` sequences, written in place; `first(n)` is that of n of them.
 
         static: decoding attends to the whole of it under a mask, so that shapes and addresses are the same at every
         position and the position is never asked for by the host, as CUDA graphs need. Otherwise it attends to what is

@@ -181,6 +181,13 @@ class Cache:
         self.values = [like.new_zeros(shape) for _ in range(layers)]
         self.visible, self.length, self.at = visible, 0, None
 
+    def first(self, count: int) -> "Cache":
+        """That of the first `count` sequences, in the same memory."""
+        part = Cache(count, static=self.static)
+        part.keys, part.values = [keys[:count] for keys in self.keys], [values[:count] for values in self.values]
+        part.visible, part.length, part.at = self.visible[:count], self.length, self.at
+        return part
+
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Put a layer's new keys and values at `length` and give all up to them; or, static, at `at` and give all."""
         if self.at is not None:

@@ -57,9 +57,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return x32.type_as(x) * self.weight
+        """In float32, rounded to x's dtype before the weight is applied."""
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
 
 
 class FeedForward(nn.Module):
@@ -73,12 +72,12 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@dataclass
 class LayerCache:
     """Keys and values (B,H,L+N,E) of one layer, written in place as positions are consumed."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass
@@ -88,6 +87,11 @@ class Cache:
     """Whether decoding attends to all of it under a mask, rather than to what is written."""
     mask: Tensor | None = None
     """Bool (B,1,1,L+N), true where a key may be seen; set by `prefill` for text, None for classes."""
+
+    def first(self, count: int) -> "Cache":
+        """That of the first `count` sequences, in the same memory."""
+        layers = [LayerCache(layer.keys[:count], layer.values[:count]) for layer in self.layers]
+        return Cache(layers, self.static, None if self.mask is None else self.mask[:count])
 
 
 class Attention(nn.Module):
@@ -110,8 +114,8 @@ class Attention(nn.Module):
         start: a tensor, int64 (1,), for S = 1: all of the cache is then seen, as far as the mask lets it.
         """
         batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.n_head, dim // self.n_head).unbind(2)
-        q, k, v = rotate(q, rotary).transpose(1, 2), rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
+        qk, v = self.qkv(x).view(batch, length, 3, self.n_head, dim // self.n_head).split([2, 1], dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (*rotate(qk, rotary).unbind(2), v[:, :, 0]))
         if cache is not None and isinstance(start, Tensor):
             k = cache.keys.index_copy_(2, start, k.type_as(cache.keys))
             v = cache.values.index_copy_(2, start, v.type_as(cache.values))
@@ -120,8 +124,7 @@ class Attention(nn.Module):
             cache.keys[:, :, start:end] = k
             cache.values[:, :, start:end] = v
             k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
-        causal = mask is None and length > 1
-        x = F.scaled_dot_product_attention(q, k.type_as(q), v.type_as(q), attn_mask=mask, is_causal=causal)
+        x = attend(q, k.type_as(q), v.type_as(q), mask)
         return self.out(x.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -319,7 +322,9 @@ class LlamaGen(Generator):
             self.condition_tokens + self.num_tokens,
             self.config.dim // self.config.n_head,
         )
-        return Cache([LayerCache(shape, weight.device, weight.dtype) for _ in self.blocks], static)
+        make = torch.zeros if static else torch.empty  # what is hidden by a mask must be numbers all the same
+        keys, values = ([make(shape, device=weight.device, dtype=weight.dtype) for _ in self.blocks] for _ in range(2))
+        return Cache([LayerCache(*layer) for layer in zip(keys, values, strict=True)], static)
 
     def prefill(self, condition: Any, cache: Cache) -> Tensor:
         """Float32 logits (B,V) of image token 0; the cache then holds the L condition positions."""
@@ -368,11 +373,42 @@ def rotary_table(config: LlamaGenConfig) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x (B,S,H,E) by rotary (S,E/2,2), in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = rotary[:, None, :, 0], rotary[:, None, :, 1]
-    even, odd = pairs.unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+    """Turn the interleaved pairs of x (B,S,2,H,E), queries and keys, by rotary (S,E/2,2), in float32."""
+    pairs, rotary = x.float().unflatten(-1, (-1, 2)), rotary.float()[:, None, None]
+    if not torch.compiler.is_compiling():  # one product, to the bit what the four below are
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+    else:  # what inductor can fuse
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (B,H,S,E) to k and v (B,H,T,E) under a mask, bool (…,S,T); without one causal, or with S = 1 all.
+
+    In bfloat16 on a CPU torch's own kernel takes two to six times as long as products written out: for a single query,
+    and in its backward pass.
+    """
+    length = q.shape[2]
+    causal = mask is None and length > 1
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and (q.requires_grad or length == 1)):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if length == 1:
+        return attend_once(q, k, v, mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).type_as(v) @ v
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` of a single query: q (B,H,1,E), k and v (B,H,T,E), mask bool (B,1,1,T) or None -> (B,H,1,E)."""
+    scores = (k @ (q * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(2, 3).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).type_as(v) @ v
 
 
 def _init_weights(module: nn.Module) -> None:

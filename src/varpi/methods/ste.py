@@ -16,7 +16,7 @@ from torch import Tensor
 from varpi import objective
 from varpi.data import Batch
 from varpi.methods import Outcome
-from varpi.methods.rewards import Reward, code_rewards, load_reward_network, pixel_rewards
+from varpi.methods.rewards import Reward, code_rewards, load_reward_network, lower, pixel_rewards
 from varpi.methods.teacher_forcing import GeneratorMethod, parts
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import Float, MethodSection, Recipe, Share, Weight
@@ -46,6 +46,7 @@ class Ste(GeneratorMethod):
     def __init__(self, *, perceptual: Perceptual | None = None, **shared: Any) -> None:
         super().__init__(**shared)
         self.perceptual = perceptual
+        lower(self.settings.reward, self.tokenizer, perceptual)
 
     def loss(self, batch: Batch, step: int, rollout: None = None) -> Outcome:
         """The reconstruction error of B images, its gradient led straight through the choice of tokens."""

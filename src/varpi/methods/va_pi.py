@@ -23,7 +23,7 @@ from varpi import objective
 from varpi.data import Batch
 from varpi.generators import Generator
 from varpi.methods import Outcome
-from varpi.methods.rewards import Reward, code_rewards, load_reward_network, pixel_rewards
+from varpi.methods.rewards import Reward, code_rewards, load_reward_network, lower, pixel_rewards
 from varpi.methods.teacher_forcing import GeneratorMethod, parts
 from varpi.objective.advantages import Baseline
 from varpi.objective.rewards import Perceptual
@@ -63,6 +63,8 @@ class Settings(MethodSection):
     """Divide advantages by their group's standard deviation (Eq. 4)."""
     context_noise: Share = 0.0
     """ξ, probability that a context token is replaced (Eq. 28)."""
+    context_noise_end: Share | None = None
+    """ξ of the last batch, towards which it changes by the same amount each batch; none: it stays as it is."""
     context_noise_source: Literal["uniform", "model"] = "uniform"
     """By what: any other token alike (Eq. 28), or the generator's own draw under the true context, at one more pass."""
     prior: Literal["cross_entropy", "kl", "guided"] = "cross_entropy"
@@ -93,10 +95,11 @@ class Settings(MethodSection):
     def _consistent(self) -> Self:
         if self.compat.rollout_in_eval and self.policy_mode == "eval":
             raise ValueError("compat.rollout_in_eval needs policy_mode: train; in eval mode both passes are the same")
-        if self.compat.uniform_noise and self.context_noise == 0:
+        noisy = max(self.context_noise, self.context_noise_end or 0.0) > 0
+        if self.compat.uniform_noise and not noisy:
             raise ValueError("compat.uniform_noise is set but context_noise is 0")
         if self.context_noise_source == "model":
-            if self.context_noise == 0:
+            if not noisy:
                 raise ValueError("context_noise_source is model but context_noise is 0")
             if self.compat.uniform_noise:
                 raise ValueError("compat.uniform_noise is set but context_noise_source is model")
@@ -157,10 +160,14 @@ class VaPi(GeneratorMethod):
         settings: Any,
         *,
         perceptual: Perceptual | None = None,
+        batches: int = 1,
         **shared: Any,
     ) -> None:
+        """batches: of the whole training, for what changes on the way."""
         super().__init__(generator, tokenizer, settings, **shared)
         self.perceptual = perceptual
+        self.batches = batches
+        lower(self.settings.reward, self.tokenizer, perceptual)
 
     def loss(self, batch: Batch, step: int, rollout: Rollout | None = None) -> Outcome:
         """Paper Eq. 9-11 for B images. The first call of a batch samples; later ones reuse its rollout."""
@@ -181,8 +188,9 @@ class VaPi(GeneratorMethod):
         draws = uniforms(
             self.seed, 0, batch.indices, (targets.shape[1], 3), stream=Stream.VALIDATION, device=self.device
         )
-        if self.settings.context_noise > 0:
-            context = self._noisy(targets, batch.condition, draws[..., :2])
+        first, last = self.settings.context_noise, self.settings.context_noise_end
+        if (rate := first if last is None else last) > 0:  # where it changes, that of the end
+            context = self._noisy(targets, batch.condition, draws[..., :2], rate)
         samples = objective.sample_tokens(
             self._logits_in_eval(context, batch.condition), 1, uniforms=draws[:, None, :, 2]
         )
@@ -266,28 +274,31 @@ class VaPi(GeneratorMethod):
 
     def _teach(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Any]:
         """Targets x*, noisy context x̃* (Eq. 28) and the condition, dropped for some images."""
-        settings = self.settings
         targets = context = self.encode(batch)
         condition = self.model.drop_condition(batch.condition, self.drop(batch, step))
-        if settings.context_noise > 0:
+        if (rate := self._context_noise(step)) > 0:
             draws = self.uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE)
-            context = self._noisy(targets, condition, draws)
+            context = self._noisy(targets, condition, draws, rate)
         return targets, context, condition
 
-    def _noisy(self, targets: Tensor, condition: Any, draws: Tensor) -> Tensor:
+    def _noisy(self, targets: Tensor, condition: Any, draws: Tensor, rate: float) -> Tensor:
         """Targets with context noise, by uniform numbers (B,N,2): whether a token is replaced, and by what."""
-        settings = self.settings
-        if settings.context_noise_source == "model":
+        if self.settings.context_noise_source == "model":
             logits = self._logits_in_eval(targets, condition)
             own = objective.sample_tokens(logits, 1, uniforms=draws[:, None, :, 1])[:, 0]
-            return torch.where(draws[..., 0] < settings.context_noise, own, targets)
+            return torch.where(draws[..., 0] < rate, own, targets)
         return objective.corrupt(
             targets,
-            settings.context_noise,
+            rate,
             self.model.vocab_size,
             uniforms=draws,
             exclude_true=not self.settings.compat.uniform_noise,
         )
+
+    def _context_noise(self, number: int) -> float:
+        """ξ of a batch, numbered from 0."""
+        first, last = self.settings.context_noise, self.settings.context_noise_end
+        return first if last is None else first + (last - first) * number / max(1, self.batches - 1)
 
     def _pass(self, context: Tensor, condition: Any) -> Tensor:
         """The one pass that carries the gradient."""
@@ -325,6 +336,7 @@ def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VaPi:
     method = VaPi(
         **parts(recipe, num_classes, device, reference=settings.has_start),
         perceptual=load_reward_network(settings.reward, device),
+        batches=recipe.training.steps // recipe.training.updates_per_batch,
     )
     if settings.estimator != "policy":
         method.tokenizer.code_vectors()  # refused now where there are none

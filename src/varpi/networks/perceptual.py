@@ -52,7 +52,11 @@ class LPIPS(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Five maps of the trunk, after the last ReLU of each resolution: images (n,3,H,W) in [-1,1] -> [(n,C,h,w)]."""
-        return list(self.trunk(self.scaling_layer(images)))
+        return list(self.trunk(self.scaling_layer(images).to(next(self.trunk.parameters()).dtype)))
+
+    def lower(self) -> None:
+        """Hold the trunk in bfloat16; the distance stays in float32."""
+        self.trunk.to(torch.bfloat16)
 
     def distance(self, maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
         """float32 (n,), >= 0, from maps of n images and of m references; see Perceptual.distance."""

@@ -1,5 +1,6 @@
 """What models draw for a page to show: free-running samples, and held-out images seen through them."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from varpi.data import Dataset
 from varpi.data.pixels import to_uint8
 from varpi.report.pictures import Reconstruction, SampleGrid
 from varpi.runtime.randomness import Stream, uniforms
-from varpi.sampling.generate import generate
+from varpi.sampling.generate import generate_with
+from varpi.sampling.settings import Sampling
 
 
 @torch.inference_mode()
@@ -21,13 +23,20 @@ def decode_in_parts(tokenizer: Any, tokens: Tensor, batch_size: int = 100) -> Te
 
 
 def draw_samples(
-    caption: str, generator: Any, tokenizer: Any, condition: Any, seed: int, asked: Sequence[str] | None = None
+    caption: str,
+    generator: Any,
+    tokenizer: Any,
+    condition: Any,
+    sampling: Sampling,
+    asked: Sequence[str] | None = None,
+    *,
+    progress: bool = False,
 ) -> SampleGrid:
     """Free-running samples, one per class id or caption; the same seed gives the same random numbers to every model.
 
-    asked: what to call the conditions, where these are not class ids.
+    asked: what to call the conditions, where these are not class ids. progress: show a bar on a terminal.
     """
-    tokens = generate(generator, condition, seed=seed)
+    tokens = generate_with(generator, condition, sampling, progress=progress and sys.stderr.isatty())
     images = to_uint8(decode_in_parts(tokenizer, tokens))
     return SampleGrid(caption, images, condition.tolist() if asked is None else asked)
 

@@ -24,7 +24,7 @@ class Page:
     paragraph: str
     """What was done, in one paragraph."""
     command: str
-    """The exact command that makes this page again."""
+    """The exact command that makes this page again; empty where that is not known."""
     verdict: str = ""
     """What was found, in a sentence or two with its uncertainty."""
     table: Sequence[TableRow] = ()

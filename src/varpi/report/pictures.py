@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from markupsafe import Markup
+from matplotlib import colormaps
 from PIL import Image
+from torch.nn import functional
 
 from varpi.errors import VarpiError
 from varpi.report.tables import number
 
-WIDEST = 1600
-"""Pixels across a picture: about twice what a page shows, for screens with small pixels."""
+WIDEST = 2400
+"""Pixels across a picture, which opens to the size of the screen."""
 LARGEST_TILE = 384
 SHARP = 64
 """Images up to this side are kept as they are, enlarged; larger ones are photographs, which WebP holds in a tenth."""
@@ -65,16 +68,17 @@ def grid(samples: SampleGrid) -> dict[str, Any]:
     if asked.shape != (len(images),):
         raise VarpiError(f"report: the samples of {samples.caption}: {len(images)} images, {len(asked)} conditions")
     kinds, counts = np.unique(asked, return_counts=True)
-    alt = f"{samples.caption}: {len(images)} generated images"
+    alt, large = f"{samples.caption}: {len(images)} generated images", max(images.shape[1:3]) > SHARP
     if not (1 < len(kinds) <= 12 and (counts == counts[0]).all()):
         image = _mosaic(images, math.ceil(math.sqrt(len(images))))
-        return {"caption": samples.caption, "alt": alt, "image": image, "heads": [], "prompts": []}
+        return {"caption": samples.caption, "alt": alt, "image": image, "heads": [], "prompts": [], "large": large}
     order = np.argsort(asked, kind="stable").reshape(len(kinds), -1).T.reshape(-1)
     prompts = kinds.tolist() if kinds.dtype.kind == "U" else []
     heads = list(range(1, len(kinds) + 1)) if prompts else kinds.tolist()
     alt += f", one {'prompt' if prompts else 'class'} a column: {', '.join(map(str, kinds))}"
     image = _mosaic(images[order], len(kinds))
-    return {"caption": samples.caption, "alt": alt, "image": image, "heads": heads, "prompts": prompts}
+    shown = {"caption": samples.caption, "alt": alt, "image": image}
+    return {**shown, "heads": heads, "prompts": prompts, "large": large}
 
 
 def strips(reconstructions: Sequence[Reconstruction]) -> list[dict[str, Any]]:
@@ -90,11 +94,19 @@ def strips(reconstructions: Sequence[Reconstruction]) -> list[dict[str, Any]]:
     shapes = {np.shape(image) for reconstruction in reconstructions for image in reconstruction}
     if len(shapes) != 1:
         raise VarpiError(f"report: the reconstructions have images of different shapes: {sorted(shapes)}")
+    views = {
+        name: _checked(np.stack([getattr(row, name) for row in reconstructions]), f"reconstructions, {name}")
+        for name in labels
+    }
+    errors = {name: _local_error(views[name], views["original"]) for name in ("base", "tuned")}
+    largest = max(np.quantile(error, 0.995) for error in errors.values()) or 1.0
+    for name, error in errors.items():
+        labels[f"{name}_error"] = (f"{labels[name][0]}, error", "where it differs from the original; bright is more")
+        views[f"{name}_error"] = _heat(error / largest)
     made = []
     for name, (label, note) in labels.items():
-        images = _checked(np.stack([getattr(row, name) for row in reconstructions]), f"reconstructions, {name}")
-        alt = f"{label}, {note}: {len(images)} images, each below the same image in the strip above"
-        made.append({"label": label, "note": note, "alt": alt, "image": _mosaic(images, len(images))})
+        alt = f"{label}, {note}: {len(views[name])} images, each below the same image in the strip above"
+        made.append({"label": label, "note": note, "alt": alt, "image": _mosaic(views[name], len(views[name]))})
     return made
 
 
@@ -131,6 +143,18 @@ def extremes(scored: ScoredImages) -> dict[str, Any]:
             ("Best", [tile(int(index)) for index in order[::-1][:count]]),
         ],
     }
+
+
+def _local_error(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """The absolute difference (n,H,W), a mean over channels and over squares of a sixteenth of the side."""
+    difference = torch.from_numpy(np.abs(images.astype(np.float32) - originals).mean(axis=3))
+    size = max(3, images.shape[1] // 16 | 1)
+    return functional.avg_pool2d(difference[:, None], size, 1, size // 2, count_include_pad=False)[:, 0].numpy()
+
+
+def _heat(values: np.ndarray) -> np.ndarray:
+    """Values (n,H,W) from 0 to 1 as colours, uint8 (n,H,W,3), from black over red to white."""
+    return (colormaps["inferno"](values.clip(0, 1))[..., :3] * 255).round().astype(np.uint8)
 
 
 def _checked(images: np.ndarray, name: str) -> np.ndarray:

@@ -4,7 +4,8 @@ Shapes: B images, N tokens per image, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
+from varpi.sampling.packing import packed_linears
 from varpi.sampling.settings import Sampling, Schedule
 
 IN_FLIGHT = 64
@@ -93,21 +95,53 @@ def generate_with(
     no_gradient = torch.inference_mode() if draws is None else torch.no_grad()
     generator.eval()
     try:
-        with no_gradient, Progress(console=Console(stderr=True), disable=not progress) as bar:
+        with no_gradient, _as_written(generator), Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("generating", total=count * generator.num_tokens)
             for start in range(0, count, batch_size or IN_FLIGHT):
                 part = condition[start : start + (batch_size or IN_FLIGHT)]
                 size, number = len(part), first + start
                 if draws is None:
-                    assert sampling.seed is not None
-                    numbers = range(number, number + size)
-                    chosen = uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
+                    chosen = _draws(generator, sampling, range(number, number + size))
                 else:
                     chosen = draws[start : start + size]
-                tokens.append(_decode(generator, part, sampling, chosen, lambda n=size: bar.advance(task, n)))
+                canvas = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=generator.device)
+                with packed_linears(generator, _rows(size, sampling)):
+                    for _ in _fill(canvas, generator, part, sampling, chosen):
+                        bar.advance(task, size)
+                tokens.append(canvas)
     finally:
         generator.train(was_training)
     return torch.cat(tokens)  # outside inference mode, so that a training step may use the tokens
+
+
+@torch.no_grad()
+def generate_rows(generator: Generator, condition: Any, sampling: Sampling) -> Iterator[Tensor]:
+    """The tokens that `generate_with` gives, as they are drawn: int64 (B, rows x grid) after each row of the grid.
+
+    All images are in flight at once. Closing the iterator stops the drawing. The generator must be in eval mode, which
+    several iterators may then share; the seed must be given. Raises VarpiError as `generate_with` does.
+    """
+    if generator.training or sampling.seed is None:
+        raise VarpiError("generate_rows: needs a generator in eval mode and a seed")
+    condition = generator.prepare_condition(condition)
+    draws = _draws(generator, sampling, range(len(condition)))
+    tokens = torch.empty(draws.shape, dtype=torch.int64, device=generator.device)
+    with packed_linears(generator, _rows(len(draws), sampling)):
+        for drawn in _fill(tokens, generator, condition, sampling, draws):
+            if drawn % generator.grid == 0:
+                yield tokens[:, :drawn].clone()
+
+
+def _rows(size: int, sampling: Sampling) -> int:
+    """Sequences in flight for so many images."""
+    return 2 * size if sampling.guidance_scale > 1 else size
+
+
+def _as_written(generator: Generator) -> AbstractContextManager[Any]:
+    """Run blocks that were compiled for training as they are written: theirs is a graph for whole sequences."""
+    if any(block._compiled_call_impl is not None for block in generator.blocks):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -128,21 +162,31 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def _decode(
-    generator: Generator, condition: Any, sampling: Sampling, draws: Tensor, advance: Callable[[], None]
-) -> Tensor:
-    """The tokens (B,N) of a batch, one after the other; `draws` (B,N) are its uniform numbers."""
-    size, device = len(condition), next(iter(generator.parameters())).device
-    guided = sampling.guidance_scale > 1
+def _draws(generator: Generator, sampling: Sampling, numbers: range) -> Tensor:
+    """The uniform numbers (B,N) that choose the tokens of the images of these numbers."""
+    assert sampling.seed is not None
+    return uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
+
+
+def _fill(tokens: Tensor, generator: Generator, condition: Any, sampling: Sampling, draws: Tensor) -> Iterator[int]:
+    """Draw the tokens (B,N) of a batch, in place; after each position, how many of the N there are.
+
+    draws: (B,N), the batch's uniform numbers.
+    """
+    size, device = len(condition), tokens.device
+    scales = sampling.scales(generator.num_tokens)
+    guided_to = max((position for position, scale in enumerate(scales) if scale > 1), default=-1)
+    guided = guided_to >= 0
     if guided:  # conditional and unconditional sequences side by side, fed the same tokens
         everywhere = torch.ones(size, dtype=torch.bool, device=device)
         condition = concat_conditions(condition, generator.drop_condition(condition, everywhere))
     cache = generator.new_cache(len(condition))
     logits = generator.prefill(condition, cache)
     draws = draws.to(device)
-    tokens = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=device)
     positions = torch.arange(generator.num_tokens)
-    for position, scale in enumerate(sampling.scales(generator.num_tokens)):
+    for position, scale in enumerate(scales):
+        if guided and position > guided_to:  # nothing asks for the unconditional sequences any more
+            guided, cache = False, cache.first(size)
         if position:
             last = tokens[:, position - 1]
             last = torch.cat([last, last]) if guided else last
@@ -154,7 +198,6 @@ def _decode(
             tokens[:, position] = logits.argmax(-1)
         else:
             tokens[:, position] = invert(filter_logits(logits, sampling), draws[:, position, None])[:, 0]
-        advance()
+        yield position + 1
     if not logits.isfinite().all():  # once, for looking makes a GPU wait; the cache carries a NaN to the end
         raise VarpiError("the generator's logits are not finite: its weights are damaged, or overflow in their dtype")
-    return tokens

@@ -30,6 +30,7 @@ from varpi.report.examples import decode_in_parts, draw_samples, reconstructions
 from varpi.report.provenance import costs, environment
 from varpi.report.tables import ResultTable, table
 from varpi.sampling.generate import generate
+from varpi.sampling.settings import Sampling
 from varpi.studies.jobs import open_pool
 from varpi.tokenizers import Tokenizer
 from varpi.training import read_metrics, train
@@ -142,7 +143,8 @@ def demo(output: Path, *, steps: int = 80, samples: int = 1000, seeds: int = 2) 
             _group("With guidance, at twice the sampling cost", results, guided=True),
         ],
         samples=[
-            draw_samples(ROWS[name].label, model, tokenizer, classes, FIRST_SEED) for name, model in models.items()
+            draw_samples(ROWS[name].label, model, tokenizer, classes, Sampling(seed=FIRST_SEED))
+            for name, model in models.items()
         ],
         reconstructions=reconstructions(models["base"], models["tuned"], tokenizer, test, range(0, 800, 81)),
         curves={model.label: read_metrics(output / name) for name, model in MODELS.items()},

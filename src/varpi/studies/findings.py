@@ -6,22 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 
-from varpi.report.columns import Column
+from varpi.errors import VarpiError
+from varpi.report.columns import COLUMNS, Column
 from varpi.report.page import Page, cost, write_page
 from varpi.report.pictures import SampleGrid
 from varpi.report.provenance import environment
 from varpi.report.tables import Cell, ResultTable, TableRow, number, table
-from varpi.runtime.files import write_text
+from varpi.runtime import files
 from varpi.studies.plan import LOWER_IS_BETTER, START, RowSampling, Study
 from varpi.studies.summary import paired_difference, summarize_seeds, winner
-from varpi.studies.tasks import TOKENS, Weights, decoded
+from varpi.studies.tasks import Subject, Weights, decoded
 from varpi.weights import load_tokenizer
 
 _FORMAT = 1
-SHOWN = 40
-"""Samples of each row on the page."""
 COSTS = (
     Column("Images", "lower", "Seen in training, repeats counted, that of the weights it began with included."),
     Column("Minutes", "lower", "Of training, a mean over training seeds, on one core each and beside other work."),
@@ -55,8 +54,8 @@ class StudyRow:
     """Tokens that the transformer passes for an image sampled."""
     weights: dict[str, dict[str, str]] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
-    drawn: tuple[Weights, str] | None = None
-    """The pair and the job of the first samples."""
+    drawn: tuple[Weights, Sequence[Sequence[int]]] | None = None
+    """The pair, and the tokens of the first samples."""
     diverged: str = ""
     """Why there are no numbers."""
 
@@ -73,6 +72,8 @@ class Findings:
     rows: Sequence[StudyRow]
     choices: Mapping[str, Sequence[Mapping[str, Any]]]
     device: str
+    environment: Mapping[str, str] = field(default_factory=environment)
+    """Versions of what it was made with."""
 
     def of_table(self, which: str) -> list[StudyRow]:
         """The rows of a table that have numbers."""
@@ -95,8 +96,8 @@ class Findings:
 
 def write_findings(output: Path, findings: Findings, command: str) -> Path:
     """Write study.json and study.html; returns the page."""
-    write_text(output / "study.json", json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n")
-    write_page(output / "study.html", page_of(findings, output, command))
+    files.write_text(output / "study.json", json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n")
+    write_page(output / "study.html", page_of(findings, command))
     return output / "study.html"
 
 
@@ -117,8 +118,32 @@ def as_json(findings: Findings) -> dict[str, Any]:
             for which in (PLAIN, GUIDED)
             if (rows := findings.of_table(which))
         },
-        "environment": {**environment(), "device": findings.device},
+        "environment": {**findings.environment, "device": findings.device},
     }
+
+
+def read_findings(path: Path) -> Findings:
+    """What a study.json holds, as it was found: all but the samples. Raises VarpiError for any other file."""
+    found = files.read_json(path)
+    try:
+        if found["format"] != _FORMAT:
+            raise VarpiError(f"{path}: a study of format {found['format']!r:.20}; this varpi reads format {_FORMAT}")
+        versions = dict(found["environment"])
+        return Findings(
+            study=Study.model_validate(found["study"]),
+            seeds=found["training_seeds"],
+            pair=found["pair"],
+            judges=found["judges"],
+            references=found["references"],
+            rows=[_row_from_json(row) for row in found["rows"]],
+            choices=found["choices"],
+            device=versions.pop("device"),
+            environment=versions,
+        )
+    except VarpiError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VarpiError(f"{path}: not what `varpi study` writes ({files.line(error)})") from error
 
 
 def winners(rows: Sequence[StudyRow], judge: str, metrics: Sequence[str]) -> dict[str, str]:
@@ -144,7 +169,13 @@ def row_differences(row: StudyRow, other: StudyRow) -> dict[str, dict[str, Any]]
 
 
 def _row_as_json(findings: Findings, row: StudyRow) -> dict[str, Any]:
-    about = {"name": row.name, "guided": row.guided, "label": row.label, "trained": row.trained}
+    about = {
+        "name": row.name,
+        "guided": row.guided,
+        "label": row.label,
+        "note": row.note,
+        "trained": row.trained,
+    }
     if row.diverged:
         return {**about, "diverged": row.diverged}
     against = {"start": findings.start, "compare_with": findings.compared}
@@ -167,23 +198,37 @@ def _row_as_json(findings: Findings, row: StudyRow) -> dict[str, Any]:
     }
 
 
+def _row_from_json(found: Mapping[str, Any]) -> StudyRow:
+    about = (found["name"], found["guided"], found["label"], found.get("note", ""), found["trained"])
+    if "diverged" in found:
+        return StudyRow(*about, diverged=found["diverged"])
+    cost = dict(found["cost"])
+    passes = cost.pop("transformer_tokens_per_sample")
+    values = {
+        judge: {metric: summary["values"] for metric, summary in metrics.items()}
+        for judge, metrics in found["metrics"].items()
+    }
+    same = {key: found[key] for key in ("sampling", "changes", "weights", "warnings")}
+    return StudyRow(*about, values=values, cost=cost, passes=passes, **same)
+
+
 # -- the page
 
 
-def page_of(findings: Findings, output: Path, command: str) -> Page:
-    """The page, of tables by judge, pictures, costs and what was chosen how."""
+def page_of(findings: Findings, command: str) -> Page:
+    """The page, of tables by judge, pictures of rows whose samples are at hand, costs and what was chosen how."""
     study = findings.study
-    shown = findings.of_table(PLAIN)
     return Page(
         title=study.title,
         paragraph=_paragraph(findings),
         command=command,
+        verdict=_verdict(findings),
         reading=_reading(findings),
         tables=[one for judge in findings.judges for one in _tables(findings, judge)],
-        samples=[_grid(row, output) for row in shown],
+        samples=[_grid(row, findings) for row in findings.of_table(PLAIN) if row.drawn is not None],
         chosen=_chosen(findings),
         environment={
-            **environment(),
+            **findings.environment,
             "device": findings.device,
             **{name.replace("_", " "): str(value)[:12] for name, value in findings.pair.items() if "sha256" in name},
         },
@@ -192,15 +237,43 @@ def page_of(findings: Findings, output: Path, command: str) -> Page:
     )
 
 
+def _verdict(findings: Findings) -> str:
+    """What the compared variant changed of the start, and which row leads, by the metric that choices were made by."""
+    choice, judge = findings.study.validation, next(iter(findings.judges))
+    metric = choice.metric if choice is not None else findings.study.protocol.metrics[0]
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
+    sentences = [f"{COLUMNS[metric].label} by {judge}, {better} is better."]
+    row, rows = findings.compared, findings.of_table(PLAIN)
+    change = None if row is None else row_differences(row, findings.start).get(judge, {}).get(metric)
+    if row is not None and change is not None:
+        mean, spread = change["mean"], change["spread"]
+        shown = f"{mean:+.3f}".replace("-", "−")
+        if spread is None:
+            sentences.append(f"{row.label} against the start: {shown}, whose spread over seeds is not known.")
+        else:
+            what = "a gain" if (mean < 0) == (better == "lower") else "a loss"
+            said = f"{what} beyond the spread over seeds" if abs(mean) > spread else "within the spread over seeds"
+            sentences.append(f"{row.label} against the start: {shown} ± {spread:.3f}, {said}.")
+    best = next((row.label for row in rows if row.name == winners(rows, judge, [metric]).get(metric)), None)
+    leads = "No row leads" if best is None else f"{best} leads"
+    sentences.append(f"{leads} all others by more than the spread of their difference.")
+    return " ".join(sentences)
+
+
 def _paragraph(findings: Findings) -> str:
     study, protocol, choice = findings.study, findings.study.protocol, findings.study.validation
     seeds = ", ".join(map(str, findings.seeds))
-    count = next(iter(findings.references.values()))["count"]
+    reference = next(iter(findings.references.values()))
+    each = f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)}"
+    what = f"against {reference['count']} images of {study.data.source} ({_short(protocol.split)})"
+    if findings.pair["num_classes"] is None:
+        what = f"by GenEval's rules, one for each of the first captions of {study.data.source}"
+        right = [f"{one['metrics']['overall']:.4f} ({judge})" for judge, one in findings.references.items()]
+        what += f" (of the real scenes they find right: {', '.join(right)})"
     sentences = [
         study.paragraph.strip(),
-        f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of "
-        f"{len(protocol.sampling_seeds)} sampling seed{'s' * (len(protocol.sampling_seeds) > 1)} against {count} "
-        f"images of {study.data.source} ({_short(protocol.split)}), by networks that reward none of the methods.",
+        f"Trained with the seeds {seeds}; each row is measured on {protocol.samples} samples for each of {each} "
+        f"{what}, by networks that reward none of the methods.",
     ]
     if choice is not None:
         trials = max((len(variant.tune) for variant in study.variants.values()), default=0)
@@ -358,9 +431,9 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items()]
 
 
-def _grid(row: StudyRow, output: Path) -> SampleGrid:
+def _grid(row: StudyRow, findings: Findings) -> SampleGrid:
     assert row.drawn is not None
-    weights, job = row.drawn
-    held = load_file(output / "jobs" / job / TOKENS)
-    images = decoded(load_tokenizer(weights.tokenizer), held["tokens"][:SHOWN])
-    return SampleGrid(row.label, images, held["classes"][:SHOWN].tolist())
+    weights, tokens = row.drawn
+    asked = Subject(findings.pair["num_classes"], findings.study.data, findings.study.protocol.split)
+    images = decoded(load_tokenizer(weights.tokenizer), torch.tensor(tokens))
+    return SampleGrid(row.label, images, asked.first(len(tokens)))

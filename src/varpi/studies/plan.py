@@ -62,16 +62,49 @@ class StudyData(Section):
     label_column: str = "label"
 
 
+SHAPES_DETECTOR = "shapes-detector"
+
+
 class Judge(Section):
     """A network that measures samples. None of them may be a reward."""
 
     name: str
-    """As `varpi evaluate --features` takes it."""
+    """As `varpi evaluate --features` takes it; or shapes-detector, by which GenEval's rules judge what a generator
+    draws that is conditioned on the captions of shapes."""
     weights: str | None = None
     """File or directory, where the network needs one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network; the detector knows fp32 alone."""
+    split: str | None = None
+    """Of the data, in the place of the protocol's."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.name == SHAPES_DETECTOR and self.precision != "fp32":
+            raise ValueError(f"precision is {self.precision}; {SHAPES_DETECTOR} knows fp32 alone")
+        return self
+
+    @property
+    def key(self) -> str:
+        """What the study calls it."""
+        return self.name if self.split is None else f"{self.name}-{self.split}"
 
 
-Measure = Literal["frechet_distance", "precision", "recall", "class_agreement", "inception_score", "kernel_distance"]
+Measure = Literal[
+    "frechet_distance",
+    "precision",
+    "recall",
+    "class_agreement",
+    "inception_score",
+    "kernel_distance",
+    "overall",
+    "single_object",
+    "two_object",
+    "counting",
+    "colors",
+    "position",
+    "color_attr",
+]
 LOWER_IS_BETTER = {"frechet_distance", "kernel_distance"}
 
 
@@ -81,7 +114,7 @@ class Protocol(Section):
     split: str = "test"
     """Of the data: the reference, which nothing trains on or is chosen by."""
     samples: Count
-    """A sampling seed, as many of each class."""
+    """A sampling seed, as many of each class; of a generator of captions, one for each of the split's first."""
     sampling_seeds: Annotated[list[Seed], Field(min_length=1)]
     judges: Annotated[list[Judge], Field(min_length=1)]
     """The first one's `validation.metric` chooses."""
@@ -186,13 +219,14 @@ class Study(Section):
         for name, seeds in (("seeds", self.seeds), ("protocol.sampling_seeds", self.protocol.sampling_seeds)):
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name} lists a seed twice")
-        judges = [judge.name for judge in self.protocol.judges]
+        judges = [judge.key for judge in self.protocol.judges]
         if len(set(judges)) < len(judges):
             raise ValueError("protocol.judges lists a network twice")
         choice = self.validation
         if choice is not None:
-            if choice.split == self.protocol.split:
-                raise ValueError(f"validation.split is {choice.split}, which protocol.split reports on; take another")
+            reported = {self.protocol.split, *(judge.split for judge in self.protocol.judges)}
+            if choice.split in reported:
+                raise ValueError(f"validation.split is {choice.split}, which the protocol reports on; take another")
             if choice.sampling_seed in self.protocol.sampling_seeds:
                 raise ValueError(
                     f"validation.sampling_seed is {choice.sampling_seed}, which figures use; take another one"

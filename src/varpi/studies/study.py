@@ -19,20 +19,38 @@ from varpi.errors import VarpiError
 from varpi.networks.loading import EXTRACTORS, load_extractor
 from varpi.recipe import Recipe
 from varpi.recipes import shipped_recipes
+from varpi.report.comparison import SHOWN
 from varpi.runtime.files import write_text
 from varpi.runtime.sources import EMBEDDED, ENDINGS, embedded, find
 from varpi.runtime.tensors import sha256_of
 from varpi.sampling.settings import Sampling
-from varpi.studies.findings import SHOWN, Findings, StudyRow, write_findings
-from varpi.studies.plan import BEST, FREE, LOWER_IS_BETTER, OWN, START, RowSampling, Study, Variant, flatten
+from varpi.studies.findings import Findings, StudyRow, write_findings
+from varpi.studies.plan import (
+    BEST,
+    FREE,
+    LOWER_IS_BETTER,
+    OWN,
+    SHAPES_DETECTOR,
+    START,
+    Judge,
+    RowSampling,
+    Study,
+    Variant,
+    flatten,
+)
 from varpi.studies.summary import UNTRAINED
 from varpi.studies.tasks import (
+    TOKENS,
+    Subject,
     Weights,
     count_operations,
     draw_tokens,
+    identify_judge,
     look_at_pair,
+    measure_prompts,
     measure_tokens,
     see_reference,
+    see_scenes,
     train_variant,
 )
 from varpi.studies.work import Job, Work, all_of
@@ -49,11 +67,20 @@ class Diverged(Exception):
 
 
 def carry_out_study(
-    study: Study, where: str, output: Path, *, seeds: Sequence[int] | None = None, jobs: int, device: str, command: str
+    study: Study,
+    where: str,
+    output: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    records: Sequence[Path] = (),
+    jobs: int,
+    device: str,
+    command: str,
 ) -> Path:
     """Do, or go on with, a study in the directory `output`; returns its page, study.html, beside study.json.
 
     where: what errors call the study. seeds: some of its training seeds; None: all. jobs: so many at once.
+    records: files of another machine's results to go on from, see `work.py`.
     command: what the page says it was made by.
 
     Raises:
@@ -69,7 +96,7 @@ def carry_out_study(
             )
     recipes = study.recipes(where)
     start = _start(study)
-    judges = {judge.name: _identity(judge) for judge in study.protocol.judges}
+    judges = {judge.key: identify_judge(judge) for judge in study.protocol.judges}
     rewards = {name: reward_networks(several, f"{where}: variants.{name}") for name, several in recipes.items()}
     for name, networks in rewards.items():
         for judge, identity in judges.items():
@@ -81,8 +108,8 @@ def carry_out_study(
                     )
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / _MARK).is_file())):
         raise VarpiError(f"{output} holds something that is not a study; choose another --output")
+    work = Work(output, jobs, records)
     write_text(output / _MARK, f"# Of the latest `{command}`\n{study.to_yaml()}")
-    work = Work(output, jobs)
     bench = _Bench(study, recipes, start, judges, rewards, list(seeds or study.seeds), work, output, device)
     return write_findings(output, work.until(bench.look), command)
 
@@ -125,10 +152,6 @@ def _check_finished(source: Path, where: str) -> None:
         raise VarpiError(f"{where}: {run} has not been trained to its end; continue it with `varpi train --resume`")
 
 
-def _identity(judge: Any) -> dict[str, str]:
-    return dict(load_extractor(judge.name, weights=judge.weights).identity)
-
-
 def _start(study: Study) -> Weights:
     """The start pair. Raises VarpiError where it is not there, or is a run that was not trained to its end."""
     for part in (study.start.generator, study.start.tokenizer):
@@ -158,6 +181,7 @@ class _Bench:
     def look(self) -> Findings:
         """All findings."""
         self.choices: dict[str, list[dict[str, Any]]] = {}
+        self.makers: dict[Path, Job] = {}
         self.pair = self.work(
             Job(
                 "pair",
@@ -166,10 +190,14 @@ class _Bench:
                 {**self.start.hashes, "image_size": self.study.data.image_size},
             )
         )
+        classes = self.pair["num_classes"]
         for where in (self.study.protocol, self.study.validation):
-            if where is not None and where.samples % self.pair["num_classes"]:
-                classes = self.pair["num_classes"]
+            if where is not None and classes is not None and where.samples % classes:
                 raise VarpiError(f"{where.samples} samples of {classes} classes; it must be a multiple of {classes}")
+        for judge in self.study.protocol.judges:
+            if (judge.name == SHAPES_DETECTOR) != (classes is None):
+                of = "captions" if classes is None else "classes"
+                raise VarpiError(f"protocol.judges: {judge.name} is no judge of a generator of {of}")
         calls = []
         scales = self.study.validation.guidance_scales if self.study.validation is not None else []
         for name in (None, *self.study.variants):
@@ -184,7 +212,10 @@ class _Bench:
             pair={**self.start.hashes, **self.pair},
             judges=self.judges,
             rows=all_of(calls),
-            references={judge: self._reference(judge, self.study.protocol.split) for judge in self.judges},
+            references={
+                judge.key: self._reference(judge, judge.split or self.study.protocol.split)
+                for judge in self.study.protocol.judges
+            },
             choices=self.choices,
             device=self.device,
         )
@@ -206,7 +237,9 @@ class _Bench:
             return row
         row.passes = self.pair["num_tokens"] * (2 if row.sampling["guidance_scale"] > 1 else 1)
         row.cost = {key: statistics.fmean(part.cost[key] for part in parts) for key in parts[0].cost}
-        row.drawn = parts[0].weights, parts[0].drawn
+        needs = self._needs(parts[0].weights)
+        self.work.have({path: job for path, job in needs.items() if path == Path(parts[0].weights.tokenizer)})
+        row.drawn = parts[0].weights, parts[0].shown
         for part in parts:
             row.weights[part.seed] = part.weights.hashes
             for measured in part.measured:
@@ -219,12 +252,13 @@ class _Bench:
     def _part(self, name: str | None, seed: int | None, settings: Mapping[str, Any]) -> "_Part":
         """What one training seed, or none, adds to a row."""
         weights, protocol = self._weights(name, seed), self.study.protocol
-        draws = [partial(self._drawn, weights, settings, protocol.samples, one) for one in protocol.sampling_seeds]
         both: list[Callable[[], Any]] = [
-            lambda: all_of(partial(self._measured, draw, weights, protocol.split) for draw in draws),
+            lambda: all_of(partial(self._measured, weights, settings, one) for one in protocol.sampling_seeds),
             lambda: self._cost(name, seed),
         ]
-        return _Part(UNTRAINED if seed is None else str(seed), weights, draws[0]()[0], *all_of(both))
+        measured, cost = all_of(both)
+        _, drawn = self._drawn(weights, settings, protocol.samples, protocol.sampling_seeds[0], protocol.split)
+        return _Part(UNTRAINED if seed is None else str(seed), weights, drawn["shown"], measured, cost)
 
     # -- training
 
@@ -248,13 +282,19 @@ class _Bench:
         place = f"{self._place(name, trial)}/seed-{seed}"
         rewards = {f"sha256 of {network}": sha256 for network, sha256 in self.rewards[name].items()}
         inputs = {**_kept(recipe), "seed": seed, **rewards, **begin.hashes, "device": self.device}
-        job = Job(f"train/{place}", train_variant, (recipe, self.device), inputs, spent="run/checkpoints")
+        arguments, needs = (recipe, self.device), self._needs(begin)
+        job = Job(f"train/{place}", train_variant, arguments, inputs, spent="run/checkpoints", needs=needs)
         result = self.work(job)
         if "diverged" in result:
             raise Diverged(f"{name}, seed {seed}: {result['diverged']}")
-        model = str(self.output / "jobs" / "train" / place / "run" / RUN_MODEL)
-        part = result["part"]
-        return replace(begin, place=place, **{part: model, f"{part}_sha256": result["sha256"]}), result
+        model, part = self.output / "jobs" / job.name / "run" / RUN_MODEL, result["part"]
+        self.makers[model] = job
+        return replace(begin, place=place, **{part: str(model), f"{part}_sha256": result["sha256"]}), result
+
+    def _needs(self, weights: Weights) -> dict[Path, Job]:
+        """The files of weights that jobs of this study make."""
+        paths = Path(weights.generator), Path(weights.tokenizer)
+        return {path: self.makers[path] for path in paths if path in self.makers}
 
     def _recipe(self, name: str, trial: int, seed: int, begin: Weights) -> Recipe:
         recipe = self.recipes[name][trial]
@@ -322,12 +362,11 @@ class _Bench:
 
     def _validated(self, weights: Weights, settings: Mapping[str, Any]) -> float:
         """The metric that chooses, of samples that no figure uses."""
-        choice, judge = self.study.validation, next(iter(self.judges))
+        choice, judge = self.study.validation, self.study.protocol.judges[0]
         assert choice is not None
-        draw, drawn = self._drawn(weights, settings, choice.samples, choice.sampling_seed)
-        metrics = self._judged(judge, draw, drawn, weights, choice.split)["metrics"]
+        metrics = self._judged(judge, weights, settings, choice.samples, choice.sampling_seed, choice.split)["metrics"]
         if choice.metric not in metrics:
-            raise VarpiError(f"validation.metric is {choice.metric}, for which {judge} gives no features; take another")
+            raise VarpiError(f"validation.metric is {choice.metric}, which {judge.key} does not measure; take another")
         return metrics[choice.metric]
 
     def _best(self, name: str, tried: Sequence[dict[str, Any]], values: Sequence[float | None]) -> int | None:
@@ -345,31 +384,52 @@ class _Bench:
     # -- sampling and measuring
 
     def _drawn(
-        self, weights: Weights, settings: Mapping[str, Any], count: int, seed: int
-    ) -> tuple[str, dict[str, Any]]:
-        """Samples: the name of their job, and what came of it."""
+        self, weights: Weights, settings: Mapping[str, Any], count: int, seed: int, split: str
+    ) -> tuple[Job, dict[str, Any]]:
+        """Samples: their job, and what came of it. split: whose captions are asked for, if captions are."""
         protocol, classes = self.study.protocol, self.pair["num_classes"]
         plain = RowSampling().model_dump()
         own = {key: value for key, value in settings.items() if value != plain[key]}
         name = f"draw/{weights.place}/{_slug(own) or 'plain'}/{count}-seed-{seed}"
+        if classes is None:
+            name += f"-of-{_slug({'split': split})}"
         sampling = Sampling(**settings, seed=seed)
-        shown = SHOWN if (seed, count) == (protocol.sampling_seeds[0], protocol.samples) else 0
-        arguments = (weights, classes, sampling, count, protocol.batch_size, shown, self.device)
-        shared = {"classes": classes, "count": count, "batch_size": protocol.batch_size, "device": self.device}
-        return name, self.work(Job(name, draw_tokens, arguments, {**weights.hashes, **asdict(sampling), **shared}))
+        first = protocol.samples, protocol.sampling_seeds[0], protocol.split
+        shown = SHOWN if (count, seed) == first[:2] and (classes is not None or split == first[2]) else 0
+        inputs = {
+            **weights.hashes,
+            **asdict(sampling),
+            "classes": classes,
+            "count": count,
+            "batch_size": protocol.batch_size,
+            "device": self.device,
+            **({"shown": shown} if shown else {}),
+            **({"captions": [self.study.data.source, split]} if classes is None else {}),
+        }
+        arguments = weights, self._asked(split), sampling, count, protocol.batch_size, shown, self.device
+        job = Job(name, draw_tokens, arguments, inputs, needs=self._needs(weights))
+        return job, self.work(job)
 
-    def _measured(self, draw: Callable[[], tuple[str, dict[str, Any]]], weights: Weights, split: str) -> dict[str, Any]:
-        """What every judge sees, by its name."""
-        name, drawn = draw()
-        found = all_of(partial(self._judged, judge, name, drawn, weights, split) for judge in self.judges)
+    def _asked(self, split: str) -> Subject:
+        return Subject(self.pair["num_classes"], self.study.data, split)
+
+    def _measured(self, weights: Weights, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """What every judge sees, by what the study calls it."""
+        protocol = self.study.protocol
+        found = all_of(
+            partial(self._judged, judge, weights, settings, protocol.samples, seed, judge.split or protocol.split)
+            for judge in protocol.judges
+        )
         return dict(zip(self.judges, found, strict=True))
 
-    def _judged(self, judge: str, draw: str, drawn: Mapping[str, Any], weights: Weights, split: str) -> dict[str, Any]:
-        """What a judge sees of drawn tokens beside a split."""
-        reference, protocol = self._reference(judge, split), self.study.protocol
-        network = next(one for one in protocol.judges if one.name == judge)
-        name = f"measure/{draw.removeprefix('draw/')}/{_slug({'against': split})}/{judge}"
-        place, rest = self.output / "jobs" / draw, (protocol.metrics, protocol.batch_size, self._cache, self.device)
+    def _judged(
+        self, judge: Judge, weights: Weights, settings: Mapping[str, Any], count: int, seed: int, split: str
+    ) -> dict[str, Any]:
+        """What a judge sees of samples beside a split."""
+        protocol = self.study.protocol
+        draw, drawn = self._drawn(weights, settings, count, seed, split)
+        reference = self._reference(judge, split)
+        name = f"measure/{draw.name.removeprefix('draw/')}/{_slug({'against': split})}/{judge.name}"
         inputs = {
             "tokens_sha256": drawn["sha256"],
             "tokenizer_sha256": weights.tokenizer_sha256,
@@ -378,15 +438,23 @@ class _Bench:
             "metrics": protocol.metrics,
             "batch_size": protocol.batch_size,
             "device": self.device,
-            **self.judges[judge],
+            **self.judges[judge.key],
         }
-        return self.work(Job(name, measure_tokens, (place, weights, self.study.data, split, network, *rest), inputs))
+        measure = measure_prompts if judge.name == SHAPES_DETECTOR else measure_tokens
+        place = self.output / "jobs" / draw.name
+        rest = protocol.metrics, protocol.batch_size, self._cache, self.device
+        arguments = (place, weights, self._asked(split), judge, *rest)
+        needs = {place / TOKENS: draw, **self._needs(weights)}
+        return self.work(Job(name, measure, arguments, inputs, needs=needs))
 
-    def _reference(self, judge: str, split: str) -> dict[str, Any]:
-        data, network = self.study.data, next(one for one in self.study.protocol.judges if one.name == judge)
-        inputs = {**data.model_dump(), "split": split, "device": self.device, **self.judges[judge]}
-        name = f"reference/{_slug({'split': split})}/{judge}"
-        return self.work(Job(name, see_reference, (data, split, network, self._cache, self.device), inputs))
+    def _reference(self, judge: Judge, split: str) -> dict[str, Any]:
+        data, count = self.study.data, self.study.protocol.samples
+        inputs = {**data.model_dump(), "split": split, "device": self.device, **self.judges[judge.key]}
+        name = f"reference/{_slug({'split': split})}/{judge.name}"
+        if judge.name == SHAPES_DETECTOR:
+            arguments = self._asked(split), count, judge, self.device
+            return self.work(Job(name, see_scenes, arguments, {**inputs, "count": count}))
+        return self.work(Job(name, see_reference, (data, split, judge, self._cache, self.device), inputs))
 
     @property
     def _cache(self) -> Path:
@@ -399,8 +467,8 @@ class _Part:
 
     seed: str
     weights: Weights
-    drawn: str
-    """The job of its first samples."""
+    shown: Sequence[Sequence[int]]
+    """The tokens of its first samples."""
     measured: Sequence[Mapping[str, Any]]
     """What each judge sees, one a sampling seed."""
     cost: Mapping[str, float]

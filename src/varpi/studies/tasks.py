@@ -8,8 +8,10 @@ Shapes: n images of N tokens.
 import hashlib
 import json
 import shutil
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,16 +27,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varpi.data.opening import open_batches
 from varpi.data.pixels import to_uint8
+from varpi.data.prompts import GENEVAL_TASKS
+from varpi.data.rendering import render_scene
+from varpi.data.shapes import CaptionedShapes
 from varpi.errors import VarpiError
 from varpi.evaluation import evaluate_distribution, open_reference
 from varpi.evaluation.agreement import AGREEMENT
 from varpi.evaluation.distribution import METRICS
 from varpi.evaluation.feature_store import FeatureStore
+from varpi.evaluation.geneval import SETTINGS as GENEVAL_SETTINGS
+from varpi.evaluation.geneval import judge_geneval
 from varpi.evaluation.reference import Reference
 from varpi.methods import build_method
 from varpi.networks.extractors import Network
 from varpi.networks.judges import JUDGES
 from varpi.networks.loading import load_extractor
+from varpi.networks.shapes_detector import ShapesColorist, ShapesDetector
 from varpi.recipe import Recipe
 from varpi.runtime.files import read_json, write_aside
 from varpi.runtime.processes import World
@@ -41,7 +50,7 @@ from varpi.runtime.tensors import sha256_of
 from varpi.samples.reading import SampleSet
 from varpi.sampling.generate import generate_with
 from varpi.sampling.settings import Sampling
-from varpi.studies.plan import Judge, StudyData
+from varpi.studies.plan import SHAPES_DETECTOR, Judge, StudyData
 from varpi.tokenizers import Tokenizer
 from varpi.training import read_metrics, train
 from varpi.training.loop import Trainer
@@ -83,7 +92,10 @@ def look_at_pair(folder: Path, weights: Weights, data: StudyData) -> dict[str, A
     if pair.image_size != data.image_size:
         raise VarpiError(f"data.image_size is {data.image_size}, and the pair makes images of {pair.image_size} pixels")
     if pair.generator.num_classes is None:
-        raise VarpiError(f"{weights.generator}: is conditioned on text; a study samples the classes of a generator")
+        if data.source != "shapes":
+            raise VarpiError(f"{weights.generator}: is conditioned on text; a study knows captions of shapes alone")
+        if pair.generator.text_encoder is None:
+            raise VarpiError(f"{weights.generator}: names no text encoder; start with `shapes`, or a run's model")
     return {
         "num_classes": pair.generator.num_classes,
         "num_tokens": pair.generator.num_tokens,
@@ -139,25 +151,41 @@ def see_reference(folder: Path, data: StudyData, split: str, judge: Judge, cache
     return {"sha256": store.sha256(), "count": reference.images.count}
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What images are drawn of."""
+
+    classes: int | None
+    """As many of each; None: of captions."""
+    data: StudyData
+    split: str
+    """Whose first captions are asked for."""
+
+    def first(self, count: int) -> list[int] | list[str]:
+        if self.classes is not None:
+            return [i % self.classes for i in range(count)]
+        scenes = _scenes(self.data, self.split)
+        return [scenes.caption(i) for i in range(count)]
+
+
 def draw_tokens(
     folder: Path,
     weights: Weights,
-    classes: int,
+    asked: Subject,
     sampling: Sampling,
     count: int,
     batch_size: int,
     shown: int,
     device: str,
 ) -> dict[str, Any]:
-    """Sample `count` images, as many of each class, as folder/tokens.safetensors: int32 (n,N) and the classes (n,).
+    """Sample `count` images as folder/tokens.safetensors: int32 (n,N).
 
     The result holds the tokens of the first `shown`, for whoever has no more than that.
     """
     begun = time.perf_counter()
     pair = _pair(weights, device)
-    asked = torch.arange(classes).repeat(count // classes)
-    tokens = generate_with(pair.generator, asked, sampling, batch_size=batch_size).cpu().int()
-    write_aside(folder / TOKENS, lambda aside: save_file({"tokens": tokens, "classes": asked}, aside))
+    tokens = generate_with(pair.generator, asked.first(count), sampling, batch_size=batch_size).cpu().int()
+    write_aside(folder / TOKENS, lambda aside: save_file({"tokens": tokens}, aside))
     guided = sampling.guidance_scale > 1
     return {
         "sha256": sha256_of(folder / TOKENS),
@@ -171,8 +199,7 @@ def measure_tokens(
     folder: Path,
     drawn: Path,
     weights: Weights,
-    data: StudyData,
-    split: str,
+    asked: Subject,
     judge: Judge,
     metrics: Sequence[str],
     batch_size: int,
@@ -181,8 +208,8 @@ def measure_tokens(
 ) -> dict[str, Any]:
     """What a judge sees in drawn tokens beside a split: the metrics that it has streams for, and warnings."""
     begun = time.perf_counter()
-    extractor, reference = _judge(judge, device), _reference(data, split)
-    samples = DrawnImages(drawn / TOKENS, _pair(weights, device).tokenizer, weights.tokenizer_sha256, data.image_size)
+    extractor, reference = _judge(judge, device), _reference(asked.data, asked.split)
+    samples = DrawnImages(drawn / TOKENS, _pair(weights, device).tokenizer, weights.tokenizer_sha256, asked)
     numbers: dict[str, float] = {}
     warnings: list[str] = []
     names = [name for name in metrics if name in MEASURES and METRICS[MEASURES[name]] in extractor.streams]
@@ -202,7 +229,7 @@ def measure_tokens(
         warnings = list(result.warnings)
     store = FeatureStore.of(cache, samples, extractor)
     classes = samples.classes
-    if AGREEMENT in metrics and judge.name in JUDGES and extractor.streams["logits"] == int(classes.max()) + 1:
+    if AGREEMENT in metrics and judge.name in JUDGES and extractor.streams["logits"] == asked.classes:
         store.extract(extractor, batch_size=batch_size, workers=0, share=(0, 1), progress=False)
         seen = torch.from_numpy(store.vectors("logits")).argmax(dim=1)
         numbers[AGREEMENT] = (seen == classes).double().mean().item()
@@ -213,15 +240,57 @@ def measure_tokens(
     return {"metrics": ordered, "warnings": warnings, "seconds": round(time.perf_counter() - begun, 2)}
 
 
+def see_scenes(folder: Path, asked: Subject, count: int, judge: Judge, device: str) -> dict[str, Any]:
+    """What GenEval's rules make of the real scenes of the captions: `metrics`, the judge's own faults."""
+    scenes = _scenes(asked.data, asked.split)
+    images = (render_scene(scenes.scene(i), asked.data.image_size) for i in range(count))
+    return {"sha256": scenes.fingerprint, "count": count, "metrics": _geneval(images, scenes, judge, device)}
+
+
+def measure_prompts(
+    folder: Path,
+    drawn: Path,
+    weights: Weights,
+    asked: Subject,
+    judge: Judge,
+    metrics: Sequence[str],
+    batch_size: int,
+    cache: Path,
+    device: str,
+) -> dict[str, Any]:
+    """As `measure_tokens`, of images of captions: the share of them, by task, that show what was asked for."""
+    begun = time.perf_counter()
+    tokens, tokenizer = load_file(drawn / TOKENS)["tokens"], _pair(weights, device).tokenizer
+    images = (image for part in tokens.split(batch_size) for image in decoded(tokenizer, part))
+    numbers = _geneval(images, _scenes(asked.data, asked.split), judge, device)
+    ordered = {name: numbers[name] for name in metrics if name in numbers}
+    if not ordered:
+        raise VarpiError(f"{judge.name} has nothing to compute {', '.join(metrics)} from")
+    return {"metrics": ordered, "warnings": [], "seconds": round(time.perf_counter() - begun, 2)}
+
+
+def _geneval(images: Iterable[np.ndarray], scenes: CaptionedShapes, judge: Judge, device: str) -> dict[str, float]:
+    """The share of images (H,W,3), uint8, one for each caption, that are right, by task, and the tasks' mean."""
+    detector = ShapesDetector(judge.weights, device=device)
+    colorist, right = ShapesColorist(detector), defaultdict[str, list[bool]](list)
+    for i, image in enumerate(images):
+        picture, metadata = Image.fromarray(image), scenes.geneval_metadata(i)
+        boxes, masks = detector(picture)
+        colors = {name: colorist(picture, name, boxes[name], masks[name]) for name in boxes}
+        right[metadata["tag"]].append(judge_geneval(boxes, metadata, colors)[0])
+    tasks = {task: statistics.fmean(right[task]) for task in GENEVAL_TASKS if right[task]}
+    return {"overall": statistics.fmean(tasks.values()), **tasks}
+
+
 class DrawnImages(SampleSet):
     """The images of drawn tokens, decoded as they are read."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, tokenizer_sha256: str, side: int) -> None:
-        held = load_file(path)
+    def __init__(self, path: Path, tokenizer: Tokenizer, tokenizer_sha256: str, asked: Subject) -> None:
         self.source = str(path)
-        self.tokens, self.classes = held["tokens"], held["classes"]
+        self.tokens = load_file(path)["tokens"]
         self.count = len(self.tokens)
-        self.height = self.width = side
+        self.classes = torch.tensor(asked.first(self.count))
+        self.height = self.width = asked.data.image_size
         self.sampling = {"classes": self.classes.tolist()}
         self._tokenizer = tokenizer
         self._key = f"tokens {path} {sha256_of(path)} {tokenizer_sha256}"
@@ -257,13 +326,25 @@ def _identify(model: Path) -> dict[str, str]:
     return {"part": kind, "sha256": digest.hexdigest()}
 
 
+def identify_judge(judge: Judge) -> dict[str, Any]:
+    """What a judge is, with `weights_sha256`."""
+    if judge.name != SHAPES_DETECTOR:
+        return dict(_loaded(judge.name, judge.weights, judge.precision, "cpu").identity)
+    identity = ShapesDetector(judge.weights).identity
+    return {"name": judge.name, "weights_sha256": identity["sha256"], "floor": identity["floor"], **GENEVAL_SETTINGS}
+
+
+def _scenes(data: StudyData, split: str) -> CaptionedShapes:
+    return CaptionedShapes(split=split, image_size=data.image_size)
+
+
 @lru_cache(maxsize=1)
 def _pair(weights: Weights, device: str) -> Pair:
     return open_pair(weights.generator, tokenizer=weights.tokenizer, device=device)
 
 
 def _judge(judge: Judge, device: str) -> Network:
-    return _loaded(judge.name, judge.weights, device)
+    return _loaded(judge.name, judge.weights, judge.precision, device)
 
 
 def _reference(data: StudyData, split: str) -> Reference:
@@ -271,8 +352,8 @@ def _reference(data: StudyData, split: str) -> Reference:
 
 
 @lru_cache(maxsize=4)
-def _loaded(name: str, weights: str | None, device: str) -> Network:
-    return load_extractor(name, weights=weights, device=device)
+def _loaded(name: str, weights: str | None, precision: str, device: str) -> Network:
+    return load_extractor(name, weights=weights, precision=precision, device=device)
 
 
 @lru_cache(maxsize=2)

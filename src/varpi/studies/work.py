@@ -4,17 +4,22 @@ DIR/jobs/NAME/   begun.json (what the job depends on), result.json (the same, an
 
 A job whose result is there is not done again, as long as it depends on the same; otherwise it is refused. The kernel
 holds a job's lock, so that one which a killed process had begun is free at once, and goes on where its files say.
+
+DIR/records.jsonl holds all results, a line each. Another machine goes on from such a file: what is recorded there, of a
+job that depends on the same, counts as done, and only what a further job needs the files of is made once more.
 """
 
+import hashlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +52,8 @@ def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
     return found
 
 
+RECORDS = "records.jsonl"
+_RESULT = "result.json"
 _NAP = 0.5
 """Seconds between two looks at a job that another process does, or for a signal."""
 _LONG_NAP = 5.0
@@ -66,16 +73,22 @@ class Job:
     """All that the result depends on, as JSON."""
     spent: str = ""
     """What in its folder only helped to get there, and goes once the result is written."""
+    needs: Mapping[Path, "Job"] = field(default_factory=dict, repr=False)
+    """Files that it reads, and the jobs that make them."""
 
 
 class Work:
     """Does jobs as they are asked for, and remembers what came of them."""
 
-    def __init__(self, output: Path, count: int) -> None:
-        """count: jobs at once; a single one is done by this very process."""
+    def __init__(self, output: Path, count: int, records: Sequence[Path] = ()) -> None:
+        """count: jobs at once; a single one is done by this very process. records: files of other machines' results.
+
+        Raises VarpiError for a file of records that is none.
+        """
         self.output = output
         self.results: dict[str, dict[str, Any]] = {}
         self._count = count
+        self._records = {name: record for path in records for name, record in _read_records(path).items()}
         self._wanted: dict[str, Job] = {}
         self._failed: dict[str, VarpiError] = {}
 
@@ -84,13 +97,29 @@ class Work:
 
         Raises Pending as long as it is not done, VarpiError when it was done, or begun, on other inputs.
         """
-        if job.name not in self.results:
-            result = find_result(self.output, job)
-            if result is None:
-                self._wanted.setdefault(job.name, job)
-                raise Pending
+        if (found := self._found(job)) is not None:
+            return found
+        record = self._records.get(job.name)
+        if record is not None and record["inputs"] == _digest(job.inputs):
+            return record["result"]
+        return self._want(job)
+
+    def have(self, needs: Mapping[Path, Job]) -> None:
+        """Raises Pending until these files are there; a job of which only a record is known is done here."""
+        missing = [job for path, job in needs.items() if not path.exists()]
+        all_of(partial(self._want, job) for job in missing)
+
+    def _want(self, job: Job) -> dict[str, Any]:
+        if (found := self._found(job)) is not None:
+            return found
+        self.have(job.needs)
+        self._wanted.setdefault(job.name, job)
+        raise Pending
+
+    def _found(self, job: Job) -> dict[str, Any] | None:
+        if job.name not in self.results and (result := find_result(self.output, job)) is not None:
             self.results[job.name] = result
-        return self.results[job.name]
+        return self.results.get(job.name)
 
     def until(self, look: Callable[[], T]) -> T:
         """What `look` finds, once all jobs that it asks for are done; it is asked again whenever one is.
@@ -159,10 +188,44 @@ class Work:
             busy[job.name] = time.monotonic() + _NAP
             return
         self.results[job.name] = result
+        self._write_records()
         _tell(f"done {job.name}")
+
+    def _write_records(self) -> None:
+        """All that is known: what the folders hold, other processes' too, and what came from elsewhere."""
+        records, jobs = dict(self._records), self.output / "jobs"
+        for path in jobs.rglob(_RESULT):
+            record = read_json(path)
+            name = str(path.parent.relative_to(jobs))
+            records[name] = {"inputs": _digest(record["inputs"]), "result": record["result"]}
+        lines = (json.dumps({"job": name, **records[name]}) for name in sorted(records))
+        write_text(self.output / RECORDS, "\n".join(lines) + "\n")
 
     def _stopped(self) -> str:
         return f"stopped; what is done is in {self.output}, and the same command goes on"
+
+
+def _digest(inputs: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
+
+
+def _read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """{job: {"inputs": digest, "result": ...}} of a file of records."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VarpiError(f"{path}: cannot be read as records of a study ({error})") from error
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            name, inputs, result = record["job"], record["inputs"], record["result"]
+        except (ValueError, TypeError, KeyError):
+            name = inputs = result = None
+        if not (isinstance(name, str) and isinstance(inputs, str) and isinstance(result, dict)):
+            raise VarpiError(f"{path}, line {number}: is no record of a study's job, as {RECORDS} of its --output has")
+        records[name] = {"inputs": inputs, "result": result}
+    return records
 
 
 def find_result(output: Path, job: Job) -> dict[str, Any] | None:
@@ -171,7 +234,7 @@ def find_result(output: Path, job: Job) -> dict[str, Any] | None:
     Raises VarpiError when the job was done, or begun, on other inputs.
     """
     folder = output / "jobs" / job.name
-    for path in (folder / "result.json", folder / "begun.json"):
+    for path in (folder / _RESULT, folder / "begun.json"):
         if not path.is_file():
             continue
         record = read_json(path)
@@ -207,7 +270,7 @@ def carry_out(output: Path, job: Job) -> dict[str, Any] | None:
             text = json.dumps({"inputs": inputs, "result": result}, indent=1, allow_nan=False)
         except ValueError:
             raise VarpiError(f"a result is not finite ({result!s:.200}); nothing was recorded") from None
-        write_text(folder / "result.json", text + "\n")
+        write_text(folder / _RESULT, text + "\n")
         if job.spent:
             shutil.rmtree(folder / job.spent, ignore_errors=True)
     return json.loads(text)["result"]

@@ -30,3 +30,9 @@ class Tokenizer(Stored, ABC):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Code vectors (B,C,h,w) to images as `decode` gives them, with gradient; see `code_vectors`."""
         raise VarpiError(f"a {type(self).__name__} decodes tokens, not code vectors")
+
+    def lower_decoder(self) -> None:
+        """Hold what only `decode` uses in bfloat16, as decodes fastest; nothing where a family has no such form.
+
+        For the rewards of a run, where small errors are as good as none: the decoder is not to be saved or trained.
+        """

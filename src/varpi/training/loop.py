@@ -31,6 +31,7 @@ from varpi.runtime.memory import check_memory
 from varpi.runtime.processes import World, joined_world, stop_request
 from varpi.training.average import Average
 from varpi.training.banner import banner
+from varpi.training.compiling import compile_blocks
 from varpi.training.logging import Logger, Metrics, Silence, check_sinks, open_logger, peak_memory
 from varpi.training.optimizer import learning_rate, make_optimizer
 from varpi.training.preview import Previewer
@@ -111,6 +112,8 @@ def _train(
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
         shard(model, world)
+        if training.compile:
+            compile_blocks(model, world.device)
     optimizer = make_optimizer(method.model, recipe.optimizer)
     average = Average(method.model, training.ema) if training.ema is not None else None
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
