@@ -11,6 +11,8 @@ from torch import nn
 from training_runs import crash, numbers, quiet, same, weights
 
 from varpi.errors import VarpiError
+from varpi.recipe import load_recipe
+from varpi.studies.study import _kept
 from varpi.training.average import Average
 from varpi.training.loop import Trainer
 
@@ -124,3 +126,14 @@ def test_two_processes_average_as_one(pair: Path, tmp_path: Path) -> None:
             assert row.get(name) == pytest.approx(other.get(name), rel=1e-5)
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=0, atol=1e-5)
+
+
+def test_a_study_begun_before_there_was_an_average_goes_on() -> None:
+    """What a recipe's job depends on names neither an average that is not asked for nor any preview."""
+    kept = {
+        name: _kept(load_recipe("digits", settings))
+        for name, settings in (("plain", []), ("shown", ["preview.every=1"]), ("averaged", ["training.ema=0.9"]))
+    }
+    assert kept["plain"] == kept["shown"]
+    assert "training.ema" not in kept["plain"]
+    assert kept["averaged"] == {**kept["plain"], "training.ema": 0.9}

@@ -14,7 +14,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from varpi.errors import VarpiError
 from varpi.recipe import Recipe, parse_recipe, read_yaml
 from varpi.report.curves import curve_panels
 from varpi.runtime.files import line, write_text
@@ -34,7 +33,7 @@ def write_live(run: Path, over: bool) -> None:
     """Write RUN/live.html as the run stands. What goes wrong is a warning: a page must not stop a run."""
     try:
         write_text(run / "live.html", render_live(run, over), sync=False)
-    except (VarpiError, OSError, ValueError) as error:
+    except Exception as error:
         logging.getLogger("varpi").warning("%s: the page could not be written (%s)", run / "live.html", line(error))
 
 
