@@ -870,9 +870,44 @@ MUTANTS = [
     Mutant(
         "every batch of validation weighs alike",
         "training/validation.py",
-        "total, images = total + loss * len(items), images + len(items)",
-        "total, images = total + loss, images + 1",
+        "images += len(items)",
+        "images += 1",
         "training/test_trouble.py -k weighs",
+    ),
+    Mutant(
+        "a held-out reward is summed where a loss is",
+        "training/validation.py",
+        "reward + reward_of_batch * len(items)",
+        "reward + of_batch * len(items)",
+        "training/test_preview.py -k notice",
+    ),
+    Mutant(
+        "the average takes the decay for its complement",
+        "training/average.py",
+        "local(parameter), 1 - self._decay)",
+        "local(parameter), self._decay)",
+        "training/test_average.py -k by_hand",
+    ),
+    Mutant(
+        "the held-out reward is drawn by place in the batch",
+        "methods/va_pi.py",
+        "self.seed, 0, batch.indices, (targets",
+        "self.seed, 0, batch.positions, (targets",
+        "training/test_preview.py -k by_hand",
+    ),
+    Mutant(
+        "the best by reward is the least",
+        "training/validation.py",
+        'else -found["reward"]',
+        'else found["reward"]',
+        "training/test_preview.py -k best_weights",
+    ),
+    Mutant(
+        "an average takes no memory",
+        "cli/needs.py",
+        "count * (STATE + average)",
+        "count * STATE",
+        "cli/test_doctor.py -k memory",
     ),
     # -- studies
     Mutant(

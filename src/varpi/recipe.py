@@ -155,6 +155,8 @@ class MethodSection(Section):
     """Which one it trains, where it needs both: a run is those weights with the other's source."""
     reuses_rollouts: ClassVar[bool] = False
     """Whether it can make several updates from one batch."""
+    rewards_held_out: ClassVar[bool] = False
+    """Whether held-out images have a reward beside their loss."""
 
     name: str
     """The module's name."""
@@ -209,6 +211,9 @@ class Training(Section):
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2
     """Checkpoints kept, newest first."""
+    ema: Annotated[Float, Field(gt=0, lt=1)] | None = None
+    """Decay of an average of the weights over the updates, 0.99 say, which is then validated, previewed and written as
+    the model; none: the weights themselves."""
     max_skipped: Count = 5
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 
@@ -222,15 +227,33 @@ class Training(Section):
 
 
 class Validation(Section):
-    """Loss on held-out images, with the best weights kept."""
+    """Loss on held-out images, and their reward where the method has one, with the best weights kept."""
 
     split: str = "validation"
     every: Count
     """Steps between validations."""
     images: Count | None = None
     """How many held-out images, from the first; none: all."""
+    best_by: Literal["loss", "reward"] = "loss"
+    """Which of the two says what is best."""
     patience: Count | None = None
-    """Stop after this many validations without a better loss."""
+    """Stop after this many validations without a better one."""
+
+
+class Preview(Section):
+    """Pictures of a run while it trains, in RUN/previews and on its page, RUN/live.html. They change no number of it.
+
+    Of each image four, one below the other: itself, through the tokenizer, drawn by the generator under teacher
+    forcing, and generated freely for its class or caption. The random numbers are the same every time.
+    """
+
+    every: Count
+    """Steps between previews; there is one before the first step and one after the last."""
+    images: Annotated[Int, Field(ge=1, le=64)] = 8
+    """How many, spread evenly over the split."""
+    split: str = "validation"
+    guidance_scale: Annotated[Float, Field(ge=0)] = 1.0
+    """Of those that are generated; up to 1 is no guidance."""
 
 
 class Logging(Section):
@@ -282,6 +305,7 @@ class Recipe(Section):
     tokenizer: TokenizerSection | None = None
     lora: Lora | None = None
     validation: Validation | None = None
+    preview: Preview | None = None
     logging: Logging = Logging()
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     """Decides every random draw of the run."""
@@ -314,6 +338,14 @@ class Recipe(Section):
         if self.validation is not None and self.validation.every % self.training.updates_per_batch:
             raise ValueError(
                 f"validation.every is {self.validation.every}; it must be a multiple of training.updates_per_batch"
+            )
+        if self.validation is not None and self.validation.best_by == "reward" and not method.rewards_held_out:
+            raise ValueError(f"validation.best_by is reward, but method {method.name} has none for held-out images")
+        if self.preview is not None and "tokenizer" not in method.needs:
+            raise ValueError(f"preview is for methods with a tokenizer; {method.name} has none")
+        if self.preview is not None and self.preview.every % self.training.updates_per_batch:
+            raise ValueError(
+                f"preview.every is {self.preview.every}; it must be a multiple of training.updates_per_batch"
             )
         images, side = self.training.batch_size, self.data.image_size
         if images * side**2 > MOST_PIXELS:

@@ -228,7 +228,21 @@ def test_doctor(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "recipes", "train", "sample", "evaluate", "study", "encode", "export", "report", "doctor"]
+    "command",
+    [
+        "demo",
+        "recipes",
+        "train",
+        "sample",
+        "evaluate",
+        "study",
+        "encode",
+        "export",
+        "push",
+        "report",
+        "doctor",
+        "completion",
+    ],
 )
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from cases import WHICH, caption_case, captioned
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import crash, numbers, quiet, same, weights
@@ -127,6 +129,24 @@ def test_what_is_trained_loads_with_from_pretrained(
     assert same(load_file(tmp_path / "exported" / "model.safetensors"), after)
     again: Any = load_generator(tmp_path / "exported")
     assert torch.equal(again.logits(tokens, condition), ours.logits(tokens, condition))
+
+
+def test_a_directory_with_a_card_loads_by_what_the_card_says(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = quiet(recipe(place, "training.steps=2"), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run), "--card", "--license", "mit", "--output", "given"]) == 0
+    card = ModelCard.load("given/README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-to-image")
+    (python,) = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(python, scope)
+    assert isinstance(scope["model"], JanusForConditionalGeneration)
+    assert same(weights(run), weights(Path("given")))
+    (command,) = re.findall(r"```sh\n(.*?)\n```", card.text, re.DOTALL)
+    assert main(shlex.split(command)[1:]) == 0
+    assert Path("samples/00000.png").is_file()
 
 
 def test_resume_equals_no_interruption(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,18 +25,37 @@ EXTRAS = {
 
 
 def add(commands: Any) -> None:
-    command(
+    parser = command(
         commands,
         "doctor",
         run,
         "show versions, devices, and what can be run here",
-        "Print what is installed, the devices that torch sees, and which optional parts are present.",
+        "Print what is installed, the devices that torch sees, and which optional parts are present.\n"
+        "Of a recipe: what it needs and what of that is missing here, with where to get it, for instance\n"
+        "  varpi doctor llamagen-c2i-xxl --set data.source=data/imagenet/train\n"
+        "which exits with code 2 when something is missing. Nothing is loaded or downloaded.",
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="as of `varpi train`"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    for what, finding in report():
-        say(f"{what:>22}  {finding}")
+    if options.recipe is None:
+        if options.settings:
+            raise VarpiError("--set is for a RECIPE: name one")
+        for what, finding in report():
+            say(f"{what:>22}  {finding}")
+        return
+    from varpi.cli.needs import needs_of
+    from varpi.recipe import load_recipe
+
+    needs = needs_of(load_recipe(options.recipe, options.settings))
+    for need in needs:
+        say(f"{'ok' if need.there else 'MISSING':>7}  {need.what}: {need.finding}")
+    if missing := sum(not need.there for need in needs):
+        raise VarpiError(f"{missing} of {len(needs)} things that {options.recipe} needs are missing")
 
 
 def report() -> list[tuple[str, str]]:

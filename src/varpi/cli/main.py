@@ -1,4 +1,4 @@
-"""The command line: demo, recipes, train, sample, evaluate, study, play, encode, export, report, doctor.
+"""The command line: `COMMANDS` are all of it.
 
 Each command is a file beside this one: `add` describes it, `run` carries it out and imports what is heavy.
 """
@@ -16,11 +16,25 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from varpi import __version__
-from varpi.cli import demo, doctor, encode, evaluate, export, play, recipes, report, sample, study, train
+from varpi.cli import (
+    completion,
+    demo,
+    doctor,
+    encode,
+    evaluate,
+    export,
+    play,
+    push,
+    recipes,
+    report,
+    sample,
+    study,
+    train,
+)
 from varpi.errors import Stopped, VarpiError, printable
 from varpi.runtime.last_words import first_to_say, last_words
 
-COMMANDS = (demo, recipes, train, sample, evaluate, study, play, encode, export, report, doctor)
+COMMANDS = (demo, recipes, train, sample, evaluate, study, play, encode, export, push, report, doctor, completion)
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 LESS_MEMORY = {
     "train": "set training.micro_batch lower (and method.reward.decode_batch, if there is one), or "
@@ -29,6 +43,7 @@ LESS_MEMORY = {
     "demo": "set --samples lower",
     "study": "set --jobs or protocol.batch_size lower",
     "export": "use a machine with more memory, or close what else uses it",
+    "push": "use a machine with more memory, or close what else uses it",
     "play": "set --alone, or use a machine with more memory",
     "doctor": "close what else uses it",
 }
@@ -71,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    parser.set_defaults(parser=parser)  # `completion` describes it
     return parser
 
 

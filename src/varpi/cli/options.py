@@ -41,6 +41,32 @@ def add_class_names(parser: Any) -> None:
     )
 
 
+def add_card(parser: Any) -> None:
+    """What a model card says that no file of a run tells."""
+    parser.add_argument(
+        "--license", metavar="ID", help="as the Hub spells it: mit, apache-2.0, other (default: of embedded weights)"
+    )
+    parser.add_argument("--license-link", metavar="URL", help="of the licence `other`")
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of what the run began with (default: the recipe's)")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="of `varpi evaluate --json`, beside those of these weights that lie in RUN",
+    )
+
+
+def asked_card(options: argparse.Namespace) -> dict[str, Any]:
+    """These options as `export_with_card` takes them."""
+    return {
+        "base_model": options.base_model,
+        "licence": options.license,
+        "licence_link": options.license_link,
+        "results": [Path(path) for path in options.results],
+    }
+
+
 def add_pair(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     """The generator and what belongs to it. default: the generator where none is named."""
     parser.add_argument(

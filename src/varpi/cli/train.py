@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     for section in (recipe.generator, recipe.tokenizer):
         if section is not None and section.source is not None:
             _check_base(Path(section.source))
+    from varpi.report.live import write_live
     from varpi.training import train
 
     run = train(
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
         options.output or Path("runs", Path(options.recipe).stem),
         resume=options.resume,
         device=options.device,
+        watch=write_live,
     )
     if os.environ.get("RANK", "0") == "0" and (run / "model.safetensors").is_file():
         say(f"wrote {run / 'model.safetensors'}")

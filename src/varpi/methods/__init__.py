@@ -52,6 +52,10 @@ class Method(Protocol):
         """The scalar that held-out data is judged by, a mean over the batch's images."""
         ...
 
+    def validation_reward(self, batch: Batch) -> Tensor:
+        """The reward of held-out data, likewise; asked for only where the settings say `rewards_held_out`."""
+        ...
+
     def save(self, path: Any, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
         """Write the trained model, whose full weights are `state_dict`, for `load_generator` and its like."""
         ...

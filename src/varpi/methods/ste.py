@@ -9,12 +9,14 @@ through the softmax: the same numbers as one graph, without its memory.
 
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from varpi import objective
 from varpi.data import Batch
 from varpi.methods import Outcome
-from varpi.methods.rewards import Reward, code_rewards, load_reward_network, lower
+from varpi.methods.rewards import Reward, code_rewards, load_reward_network, lower, pixel_rewards
 from varpi.methods.teacher_forcing import GeneratorMethod, parts
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import Float, MethodSection, Recipe, Share, Weight
@@ -26,6 +28,7 @@ class Settings(MethodSection):
 
     needs = ("generator", "tokenizer")
     pretrained = True
+    rewards_held_out = True
 
     temperature: Annotated[Float, Field(gt=0)] = 1.0
     """τ of the softmax in the backward pass."""
@@ -71,6 +74,14 @@ class Ste(GeneratorMethod):
             if settings.prior_weight > 0:
                 loss = loss + settings.prior_weight * cross_entropy
         return Outcome(loss, metrics)
+
+    @torch.no_grad()
+    def validation_reward(self, batch: Batch) -> Tensor:
+        """Eq. 10 of held-out images: their distances to what the likeliest tokens decode into."""
+        self.model.eval()
+        logits = self.logits(self.model, self.tokenizer.encode(batch.images), batch.condition)
+        scored = self.settings.reward, self.tokenizer, logits.argmax(dim=-1)[:, None], batch.images, self.perceptual
+        return pixel_rewards(*scored).total.mean()
 
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> Ste:

@@ -28,7 +28,7 @@ from varpi.methods.teacher_forcing import GeneratorMethod, parts
 from varpi.objective.advantages import Baseline
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import Float, Int, MethodSection, Recipe, Section, Share, Weight
-from varpi.runtime.randomness import Stream
+from varpi.runtime.randomness import Stream, uniforms
 from varpi.tokenizers import Tokenizer
 
 
@@ -47,6 +47,7 @@ class Settings(MethodSection):
     needs = ("generator", "tokenizer")
     pretrained = True
     reuses_rollouts = True
+    rewards_held_out = True
 
     group_size: Annotated[Int, Field(ge=1, le=2**12)] = 8
     """G, samples per image; advantages are relative to the group, so that the policy estimator needs at least 2."""
@@ -180,6 +181,22 @@ class VaPi(GeneratorMethod):
             entropy = objective.entropy(logits.detach())
         return Outcome(outcome.loss, {**metrics, **outcome.metrics, "entropy": entropy}, rollout)
 
+    @torch.no_grad()
+    def validation_reward(self, batch: Batch) -> Tensor:
+        """Eq. 10 of one sample of each held-out image, with training's context noise, from numbers of its own."""
+        targets = context = self.tokenizer.encode(batch.images)
+        draws = uniforms(
+            self.seed, 0, batch.indices, (targets.shape[1], 3), stream=Stream.VALIDATION, device=self.device
+        )
+        first, last = self.settings.context_noise, self.settings.context_noise_end
+        if (rate := first if last is None else last) > 0:  # where it changes, that of the end
+            context = self._noisy(targets, batch.condition, draws[..., :2], rate)
+        samples = objective.sample_tokens(
+            self._logits_in_eval(context, batch.condition), 1, uniforms=draws[:, None, :, 2]
+        )
+        scored = self.settings.reward, self.tokenizer, samples, batch.images, self.perceptual
+        return pixel_rewards(*scored).total.mean()
+
     def roll_out(
         self, logits: Tensor, targets: Tensor, context: Tensor, condition: Any, batch: Batch, step: int
     ) -> tuple[Rollout, dict[str, Tensor]]:
@@ -257,24 +274,26 @@ class VaPi(GeneratorMethod):
 
     def _teach(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Any]:
         """Targets x*, noisy context x̃* (Eq. 28) and the condition, dropped for some images."""
-        settings = self.settings
         targets = context = self.encode(batch)
         condition = self.model.drop_condition(batch.condition, self.drop(batch, step))
         if (rate := self._context_noise(step)) > 0:
             draws = self.uniforms(batch, step, (targets.shape[1], 2), Stream.CONTEXT_NOISE)
-            if settings.context_noise_source == "model":
-                logits = self._logits_in_eval(targets, condition)
-                own = objective.sample_tokens(logits, 1, uniforms=draws[:, None, :, 1])[:, 0]
-                context = torch.where(draws[..., 0] < rate, own, targets)
-            else:
-                context = objective.corrupt(
-                    targets,
-                    rate,
-                    self.model.vocab_size,
-                    uniforms=draws,
-                    exclude_true=not self.settings.compat.uniform_noise,
-                )
+            context = self._noisy(targets, condition, draws, rate)
         return targets, context, condition
+
+    def _noisy(self, targets: Tensor, condition: Any, draws: Tensor, rate: float) -> Tensor:
+        """Targets with context noise, by uniform numbers (B,N,2): whether a token is replaced, and by what."""
+        if self.settings.context_noise_source == "model":
+            logits = self._logits_in_eval(targets, condition)
+            own = objective.sample_tokens(logits, 1, uniforms=draws[:, None, :, 1])[:, 0]
+            return torch.where(draws[..., 0] < rate, own, targets)
+        return objective.corrupt(
+            targets,
+            rate,
+            self.model.vocab_size,
+            uniforms=draws,
+            exclude_true=not self.settings.compat.uniform_noise,
+        )
 
     def _context_noise(self, number: int) -> float:
         """ξ of a batch, numbered from 0."""

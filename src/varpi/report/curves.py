@@ -19,6 +19,7 @@ PANELS = {
     "policy_loss": ("Policy loss", "clipped surrogate, Eq. 11"),
     "cross_entropy": ("Cross-entropy", "of the true tokens, nats"),
     "validation_loss": ("Held-out loss", "cross-entropy of held-out tokens, nats"),
+    "validation_reward": ("Held-out reward", "one sample of each held-out image; higher is better"),
     "entropy": ("Entropy", "of the predicted token, nats"),
     "clip_fraction": ("Clip fraction", "share of tokens whose ratio was clipped"),
     "approx_kl": ("Approximate KL", "from the policy that drew the samples"),

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub, downloaded into its cache, or found there without a network."""
+"""Repositories of the Hugging Face Hub: downloaded into its cache, or found there without a network; and uploaded."""
 
 import glob
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi.errors import VarpiError
+from varpi.runtime.files import line
 
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 """"org/name", with "@revision" and ":file" where one is wanted."""
@@ -81,3 +82,32 @@ class Repository:
             # Recent versions say so when only part of the repository was downloaded, which is all we ever do.
             partial: Any = getattr(error, "snapshot_path", None)
             return Path(partial) if partial else None
+
+
+def check_repository(repo: str) -> None:
+    """Raise VarpiError for what cannot be the name of a repository."""
+    match = ID.fullmatch(repo)
+    if match is None or match["repo"] != repo:
+        raise VarpiError(f"{repo}: is not the name of a repository on the Hub, such as me/llamagen-xxl-va-pi")
+
+
+def upload(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder's files in one commit to a model's repository, which is made where there is none; its address.
+
+    Raises VarpiError when there is no permission, or the Hub cannot be reached or refuses.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = hub.HfApi()
+    try:
+        address = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by varpi push")
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError) or (isinstance(error, HfHubHTTPError) and status in (401, 403)):
+            raise VarpiError(
+                f"{repo}: the Hub does not permit it; log in with a token that may write: hf auth login"
+            ) from error
+        raise VarpiError(f"{repo}: could not be uploaded ({line(error)})") from error
+    return str(address)

@@ -39,6 +39,10 @@ class Stream(IntEnum):
     """Training: the mismatched class of each image, for CCA."""
     SHIFT = 9
     """Training: by how many pixels an image is moved, for a classifier."""
+    VALIDATION = 10
+    """Training: what is drawn for a held-out image, its context noise and its sample."""
+    PREVIEW = 11
+    """Training: the teacher-forced samples of a preview."""
     GENERATION = 0x5A3B
     """Free-running sampling."""
     SCENES = 0x5CE7

@@ -9,6 +9,7 @@ from varpi.data.stream import StreamBatches
 from varpi.methods import Method
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
+from varpi.training.preview import FOLDER
 
 
 def banner(
@@ -36,6 +37,8 @@ def banner(
     lines.append(f"data: {data.source}, {data.split:.60}, {size} of {data.image_size} pixels, {kinds}")
     every = f"a checkpoint every {training.save_every} steps" if training.save_every else "a checkpoint at the end"
     lines.append(f"writes {run}: {every}, metrics.jsonl, model.safetensors")
+    if recipe.preview is not None:
+        lines.append(f"shows {recipe.preview.images} images every {recipe.preview.every} steps: {run / FOLDER}")
     return [*lines, f"resuming from step {begun}"] if begun else lines
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,7 +69,8 @@ class Logger:
         for sink in self._sinks:
             sink.log(step, metrics)
         if "validation_loss" in metrics:
-            self.say(f"step {step}: validation loss {metrics['validation_loss']:.4f}")
+            reward = f", reward {metrics['validation_reward']:.4f}" if "validation_reward" in metrics else ""
+            self.say(f"step {step}: validation loss {metrics['validation_loss']:.4f}{reward}")
         if "loss" not in metrics:
             return
         shown = [("reward", "reward_mean"), ("loss", "loss"), ("tokens/s", "tokens_per_second")]
@@ -79,6 +81,11 @@ class Logger:
             per_step = (time.perf_counter() - self._begun) / (step - self._start)
             left = f"  {duration(per_step * (self._steps - step))} left" if step < self._steps else ""
             print(f"step {step}/{self._steps}  {told}{left}", file=sys.stderr, flush=True)
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """A picture, uint8 (H,W,3), for TensorBoard and W&B."""
+        for sink in self._sinks:
+            sink.picture(step, name, picture)
 
     def say(self, message: str) -> None:
         """A line for the person who watches."""
@@ -109,6 +116,9 @@ class Silence:
         pass
 
     def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         pass
 
     def say(self, message: str) -> None:
@@ -165,7 +175,8 @@ def _reopen(path: Path, start: int) -> Any:
             logging.getLogger("varpi").warning(
                 "%s: dropped %d damaged line(s), the first is line %d", path, len(damaged), damaged[0]
             )
-        kept = [row for row in rows if row is not None and row["step"] <= start]
+        # A run that begins again says again how it stood before its first step
+        kept = [row for row in rows if row is not None and row["step"] <= start and start]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     try:
         return path.open("a")
@@ -190,6 +201,9 @@ class _TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
@@ -202,6 +216,11 @@ class _WandB:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(metrics, step=step)
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._run.log({name: wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

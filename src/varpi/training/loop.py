@@ -11,8 +11,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from varpi.methods import Method, build_method, generator_of
 from varpi.recipe import Recipe
 from varpi.runtime.memory import check_memory
 from varpi.runtime.processes import World, joined_world, stop_request
+from varpi.training.average import Average
 from varpi.training.banner import banner
 from varpi.training.compiling import compile_blocks
 from varpi.training.logging import Logger, Metrics, Silence, check_sinks, open_logger, peak_memory
 from varpi.training.optimizer import learning_rate, make_optimizer
+from varpi.training.preview import Previewer
 from varpi.training.run_directory import (
     RunLock,
     check_data,
@@ -51,17 +53,28 @@ from varpi.training.state import (
     save_checkpoint,
 )
 from varpi.training.trouble import EqualRewards, explained
-from varpi.training.validation import Validator, caption_check, note_loss, prepare_condition
+from varpi.training.validation import Validator, caption_check, prepare_condition
 from varpi.weights.class_names import known_class_names, name_classes
+
+Watch = Callable[[Path, bool], object]
+"""Told of a run's directory, and whether the run is over."""
 
 
 def train(
-    recipe: Recipe, output: str | Path, *, resume: bool = False, device: str | None = None, show: bool = True
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    show: bool = True,
+    watch: Watch | None = None,
 ) -> Path:
     """Carry out a recipe in the directory `output`; returns it.
 
     Writes recipe.yaml, metrics.jsonl, checkpoints/ and model.safetensors (with `validation`, the best one so far).
     `resume` continues from the newest checkpoint, or begins when there is none; a finished run it leaves as it is.
+    `watch` is called in the main process with the directory and whether the run is over: when it begins, after
+    previews, validations and checkpoints, and at its end.
 
     Raises:
         VarpiError: whatever can be refused, before any file is written; or the run cannot go on.
@@ -69,13 +82,15 @@ def train(
     """
     run = Path(output)
     with torch.random.fork_rng(), joined_world(device) as world, RunLock(run) as lock:  # the caller's draws stay his
-        stopped = _train(recipe, run, world, lock, resume, show)
+        stopped = _train(recipe, run, world, lock, resume, show, watch if world.is_main else None)
     if stopped is not None:
         raise stopped
     return run
 
 
-def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool, show: bool) -> Stopped | None:
+def _train(
+    recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool, show: bool, watch: Watch | None = None
+) -> Stopped | None:
     """Put together what the recipe names, and train."""
     training = recipe.training
     if training.batch_size % world.size:
@@ -90,6 +105,7 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
         return None
     batches = open_batches(recipe, world, known_class_names(recipe))
     validation = Validator(recipe, world, batches) if recipe.validation is not None else None
+    preview = Previewer(recipe, world, batches) if recipe.preview is not None else None
     method = build_method(recipe, batches.num_classes, world.device)
     batches.check_captions(caption_check(method))
     if (generator := generator_of(method)) is not None:
@@ -99,17 +115,19 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
         if training.compile:
             compile_blocks(model, world.device)
     optimizer = make_optimizer(method.model, recipe.optimizer)
+    average = Average(method.model, training.ema) if training.ema is not None else None
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, method.model, optimizer, world)
+        progress = load_checkpoint(checkpoint, method.model, optimizer, world, average)
     world.on_main(lambda: write_origin(run, recipe, batches.fingerprint))
     batches.seen, batches.left_out = _share(progress, world)
     logger = open_logger(run, recipe.logging, training.steps, progress.step, world, show=show)
     with logger, explained(run, progress):
         for line in banner(run, recipe, method, batches, world, progress.step):
             logger.say(line)
-        return _loop(run, Trainer(recipe, method, optimizer, world), batches, validation, progress, logger)
+        trainer = Trainer(recipe, method, optimizer, world, average)
+        return _loop(run, trainer, batches, validation, preview, progress, logger, watch or (lambda run, over: None))
 
 
 def _loop(
@@ -117,8 +135,10 @@ def _loop(
     trainer: "Trainer",
     batches: Batches | StreamBatches,
     validation: Validator | None,
+    preview: Previewer | None,
     progress: Progress,
     logger: Logger | Silence,
+    watch: Watch,
 ) -> Stopped | None:
     """From where `progress` stands to the last step, or to a signal."""
     recipe, method, world = trainer.recipe, trainer.method, trainer.world
@@ -126,6 +146,15 @@ def _loop(
     cursor = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
     stream = batches.from_cursor(cursor)
     finished = is_over(recipe, progress)
+
+    def show() -> None:
+        assert preview is not None
+        with trainer.weights_to_give():
+            logger.log(progress.step, preview.show(method, run, progress.step, logger))
+
+    if preview is not None and not progress.step:
+        show()
+    watch(run, finished)
     with stop_request() as stop, closing(stream):
         while not finished:
             begun = time.perf_counter()
@@ -142,19 +171,28 @@ def _loop(
                 if world.is_main:
                     equal_rewards.see(progress.step, metrics)
 
+            seen = False
             if validation is not None and (progress.step % validation.every == 0 or is_over(recipe, progress)):
-                loss = validation.loss(method)
-                if note_loss(progress, loss):
+                with trainer.weights_to_give():
+                    found = validation.measure(method)
+                if validation.note(progress, found):
                     _save_model(run, trainer, progress)
-                logger.log(progress.step, {"validation_loss": loss})
+                logger.log(progress.step, {f"validation_{name}": value for name, value in found.items()})
+                seen = True
             finished = is_over(recipe, progress)
+            if preview is not None and (progress.step % preview.every == 0 or finished):
+                show()
+                seen = True
             stopping = int(world.max(stop.signal))
             due = training.save_every is not None and progress.step % training.save_every == 0
             if due or finished or stopping:
                 progress.cursors = world.gather(cursor)
                 progress.images_opened = sum(world.gather(batches.seen))
                 progress.left_out = LeftOut(*world.gather(batches.left_out.found)).found
-                save_checkpoint(run, method.model, trainer.optimizer, progress, world, training.keep)
+                save_checkpoint(run, method.model, trainer.optimizer, progress, world, training.keep, trainer.average)
+                seen = True
+            if seen:
+                watch(run, finished or stopping > 0)
             if (stopping or finished) and world.is_main:
                 LeftOut(progress.left_out).say(recipe.data.source, progress.images_opened, "images")
             if stopping and not finished:
@@ -168,13 +206,25 @@ def _loop(
 class Trainer:
     """Makes optimizer updates of batches."""
 
-    def __init__(self, recipe: Recipe, method: Method, optimizer: torch.optim.Optimizer, world: World) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        average: Average | None = None,
+    ) -> None:
+        self.average = average
         self.recipe = recipe
         self.method = method
         self.optimizer = optimizer
         self.world = world
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._begun = False
+
+    def weights_to_give(self) -> AbstractContextManager[None]:
+        """Within this block the model has the weights that the run gives back: their average, where there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def updates(self, batch: Batch, number: int, progress: Progress) -> Iterator[Metrics]:
         """`updates_per_batch` updates from batch `number` of the run; yields the metrics of each."""
@@ -209,6 +259,8 @@ class Trainer:
         progress.step += 1
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
             progress.skipped_in_a_row = 0
         else:
             progress.skipped += 1
@@ -266,10 +318,11 @@ def _claim(run: Path, recipe: Recipe, fingerprint: str, lock: RunLock, resume: b
 
 
 def _save_model(run: Path, trainer: "Trainer", progress: Progress) -> None:
-    weights = full_weights(trainer.method.model)
-    if trainer.world.is_main:
-        extra = {"recipe": trainer.recipe.to_yaml(), "step": str(progress.step)}
-        trainer.method.save(run / "model.safetensors", weights, extra)
+    with trainer.weights_to_give():
+        weights = full_weights(trainer.method.model)
+        if trainer.world.is_main:
+            extra = {"recipe": trainer.recipe.to_yaml(), "step": str(progress.step)}
+            trainer.method.save(run / "model.safetensors", weights, extra)
     trainer.world.barrier()
 
 

@@ -1,6 +1,6 @@
 """A run's directory: whose it is, what its run was made from, and that one run at a time writes to it.
 
-RUN/    recipe.yaml, data.json, metrics.jsonl, checkpoints/, model.safetensors, and a lock
+RUN/    recipe.yaml, data.json, metrics.jsonl, checkpoints/, model.safetensors, a lock; previews/ where asked for
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from varpi.errors import VarpiError
-from varpi.recipe import Recipe, read_yaml
+from varpi.recipe import Recipe, parse_recipe, read_yaml
 from varpi.runtime.files import line, write_text
 from varpi.training.state import Progress, checkpoints, read_progress
 
@@ -109,11 +109,11 @@ def check_run(run: Path, recipe: Recipe, resume: bool) -> None:
         newest = checkpoints(run)
         state = f"at {newest[0].name}" if newest else "without a checkpoint"
         raise VarpiError(f"{run} already holds a run ({state}); continue it with --resume or choose another --output")
-    before = _flatten(read_yaml(run / "recipe.yaml"))
+    before = _flatten(yaml.safe_load(parse_recipe(read_yaml(run / "recipe.yaml"), f"{run / 'recipe.yaml'}").to_yaml()))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
     free = FREE_TO_CHANGE | ({"training.steps"} if recipe.optimizer.schedule == "constant" else set())
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key not in free and not key.startswith("logging."):
+        if before.get(key) != now.get(key) and key not in free and not key.startswith(("logging.", "preview")):
             raise VarpiError(
                 f"{run} is a run of another recipe: {key} is {before.get(key)!r} there and {now.get(key)!r} here; "
                 "choose another --output"

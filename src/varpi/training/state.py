@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from varpi.errors import VarpiError
 from varpi.runtime.processes import World
+from varpi.training.average import Average
 from varpi.training.checkpoint_files import (
     PROGRESS,
     CheckpointPlanner,
@@ -66,7 +67,7 @@ class Progress:
     cursors: list[int] = field(default_factory=list)
     """Where each process's stream of data goes on."""
     best_loss: float | None = None
-    """Lowest validation loss so far."""
+    """Lowest validation loss so far; minus the highest reward, where that says what is best."""
     best_step: int = 0
     validations_since_best: int = 0
     seconds: float = 0.0
@@ -74,7 +75,13 @@ class Progress:
 
 
 def save_checkpoint(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, world: World, keep: int
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    world: World,
+    keep: int,
+    average: Average | None = None,
 ) -> None:
     """Write the checkpoint of `progress.step` and delete all but the newest `keep` up to it.
 
@@ -97,7 +104,8 @@ def save_checkpoint(
     def write() -> None:
         with _said():
             weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
-            save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=world.size == 1)
+            state = {"model": weights, "optimizer": moments, **_average(average)}
+            save(state, checkpoint_id=aside, no_dist=world.size == 1)
             if world.is_main:
                 (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
                 seal(aside)
@@ -170,13 +178,15 @@ def read_progress(checkpoint: Path) -> Progress:
     return progress
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Progress:
-    """Restore model and optimizer in place, under any number of processes; returns the progress.
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, average: Average | None = None
+) -> Progress:
+    """Restore model, optimizer and average in place, under any number of processes; returns the progress.
 
     Raises VarpiError when it does not fit.
     """
     weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
-    state = {"model": weights, "optimizer": moments}
+    state = {"model": weights, "optimizer": moments, **_average(average)}
     try:
         with _without_warning():
             load(
@@ -194,6 +204,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def full_weights(model: nn.Module) -> dict[str, Any]:
     """The whole state dict on the CPU, complete on the main process."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _average(average: Average | None) -> dict[str, Any]:
+    return {} if average is None else {"average": average.weights}
 
 
 def _step(checkpoint: Path) -> int:

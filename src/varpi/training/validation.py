@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out images, by all processes together."""
+"""Validation: the loss on held-out images, and their reward, by all processes together."""
 
 import math
 from contextlib import suppress
@@ -25,6 +25,8 @@ class Validator:
     def __init__(self, recipe: Recipe, world: World, batches: Batches | StreamBatches) -> None:
         assert recipe.validation is not None
         self.every = recipe.validation.every
+        self._best_by = recipe.validation.best_by
+        self._rewards = recipe.method.rewards_held_out
         self._world = world
         self._dataset = open_held_out(recipe, recipe.validation.split, batches)
         self._count = min(recipe.validation.images or len(self._dataset), len(self._dataset))
@@ -33,41 +35,53 @@ class Validator:
         self._said: dict[str, tuple[int, str]] = {}
 
     @torch.no_grad()
-    def loss(self, method: Method) -> float:
-        """Mean over the held-out images; those that cannot be used are left out, which is said when it changes."""
-        total, images, left_out = 0.0, 0.0, LeftOut()
+    def measure(self, method: Method) -> dict[str, float]:
+        """ "loss", and "reward" where the method has one: means over the held-out images.
+
+        Those that cannot be used are left out, which is said when it changes.
+        """
+        loss, reward, images, left_out = 0.0, 0.0, 0.0, LeftOut()
         dataset = checked(self._dataset, caption_check(method))
         rounds = -(-self._count // (self._size * self._world.size))  # the same number on every process:
         filler = _first_readable(dataset)  # sharded models need every process in every pass
         for i in range(rounds):
             first = (i * self._world.size + self._world.rank) * self._size
             items = _readable(dataset, range(first, min(first + self._size, self._count)), left_out)
-            loss = float(method.validation_loss(self._batch(method, items or filler)))
+            batch = as_batch(method, items or filler, self._world.device)
+            of_batch = float(method.validation_loss(batch))
+            reward_of_batch = float(method.validation_reward(batch)) if self._rewards else 0.0
             if items:
-                total, images = total + loss * len(items), images + len(items)
+                loss, reward = loss + of_batch * len(items), reward + reward_of_batch * len(items)
+                images += len(items)
         method.stages.take()
-        total, images = self._world.sum([total, images])
+        loss, reward, images = self._world.sum([loss, reward, images])
         left_out = LeftOut(*self._world.gather(left_out.found))
         if self._world.is_main and left_out.found != self._said:
             self._said = left_out.found
             left_out.say(self._source, self._count, "held-out images")
         if not images:
             raise VarpiError(f"validation: none of the first {self._count} held-out images could be read")
-        return total / images
+        return {"loss": loss / images} | ({"reward": reward / images} if self._rewards else {})
 
-    def _batch(self, method: Method, items: dict[int, Item]) -> Batch:
-        conditions = collate_conditions([item.condition for item in items.values()])
-        return Batch(
-            images=torch.stack([item.image for item in items.values()]).to(self._world.device),
-            condition=prepare_condition(method, conditions, self._world.device),
-            positions=torch.arange(len(items)),
-            indices=torch.tensor([*items]),
-            bad=0,
-        )
+    def note(self, progress: Progress, found: dict[str, float]) -> bool:
+        """Count a validation; whether it is the best so far."""
+        return note_loss(progress, found["loss"] if self._best_by == "loss" else -found["reward"])
+
+
+def as_batch(method: Method, items: dict[int, Item], device: str) -> Batch:
+    """Items by their index, as a method takes them."""
+    conditions = collate_conditions([item.condition for item in items.values()])
+    return Batch(
+        images=torch.stack([item.image for item in items.values()]).to(device),
+        condition=prepare_condition(method, conditions, device),
+        positions=torch.arange(len(items)),
+        indices=torch.tensor([*items]),
+        bad=0,
+    )
 
 
 def note_loss(progress: Progress, loss: float) -> bool:
-    """Count a validation; whether its loss is the best so far."""
+    """Count a validation by its loss, or minus its reward; whether that is the best so far."""
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step, progress.validations_since_best = loss, progress.step, 0
         return True
