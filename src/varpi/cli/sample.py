@@ -61,6 +61,12 @@ def add_sampling(parser: Any, *, required: bool) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts or captions")
     add_flags(parser)
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the generator and the tokenizer; in bfloat16 they are faster and draw other tokens (%(default)s)",
+    )
+    parser.add_argument(
         "--resize", type=int, metavar="S", help="resize from 384 to 256 as the paper does; S must be 256"
     )
 
@@ -140,6 +146,8 @@ def prepare(options: argparse.Namespace, output: Path) -> Wanted:
     else:
         condition = _repeated(options, prompts, check)
     record = {"generator": options.generator, "generator_sha256": digest(options.generator)}
+    if options.dtype != "float32":
+        record["dtype"] = options.dtype
     return Wanted(
         generator,
         tokenizer,
