@@ -53,7 +53,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
         def sample(condition: Tensor) -> Tensor:
             return varpi.generate(
-                ours, condition, guidance_scale=options.guidance, greedy=True, batch_size=len(condition)
+                ours,
+                condition,
+                guidance_scale=options.guidance,
+                greedy=True,
+                batch_size=len(condition),
+                graph=options.graph,
             )
     else:
         sample = _theirs(ours, options, DTYPES[dtype])
@@ -122,6 +127,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="generated at once")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help=f"{REFERENCE} is always among them")
+    parser.add_argument("--graph", action="store_true", help="ours by a CUDA graph")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parse(parser)
