@@ -121,7 +121,7 @@ def _theirs(ours: LlamaGen, options: argparse.Namespace, dtype: torch.dtype) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llamagen", type=Path, required=True, help="a checkout of FoundationVision/LlamaGen")
+    parser.add_argument("--llamagen", type=Path, help="a checkout of FoundationVision/LlamaGen; needed")
     parser.add_argument("--architecture", default="llamagen-c2i-b", help="a class-conditional LlamaGen")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--images", type=int, default=8, help="generated at once")
@@ -133,7 +133,7 @@ def main() -> None:
     options = parse(parser)
     try:
         class_conditional(options.architecture, options.image_size)
-        if not (options.llamagen / "autoregressive/models/generate.py").is_file():
+        if options.llamagen is None or not (options.llamagen / "autoregressive/models/generate.py").is_file():
             raise VarpiError(f"--llamagen: {options.llamagen} is no checkout of LlamaGen")
     except VarpiError as error:
         parser.error(str(error))
