@@ -131,8 +131,8 @@ def test_attention_of_one_query_equals_the_general_one(masked: bool) -> None:
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     keys, values = (F.pad(x, (0, 0, 0, 4), value=7.0) for x in (k, v))  # what is not written yet
     torch.testing.assert_close(attend_once(q, keys, values, 9, mask), expected, atol=1e-6, rtol=1e-5)
-    low = [x.bfloat16() for x in (q, keys, values)]
-    torch.testing.assert_close(attend_once(*low, 9, mask).float(), expected, atol=3e-2, rtol=0)
+    low = attend_once(q.bfloat16(), keys.bfloat16(), values.bfloat16(), 9, mask)
+    torch.testing.assert_close(low.float(), expected, atol=3e-2, rtol=0)
 
 
 def test_a_rotation_is_the_same_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

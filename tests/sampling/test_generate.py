@@ -181,8 +181,9 @@ def test_a_recorded_step_is_replayed_at_every_position(generator: LlamaGen, monk
     monkeypatch.setattr("varpi.sampling.graph.record", record)
     monkeypatch.setattr(LlamaGen, "device", torch.device("cuda"))
     monkeypatch.setattr(generator, "prepare_condition", lambda condition: condition)
-    settings = {"guidance_scale": 3.0, "guidance_interval": 4}
-    for chosen in ({"greedy": True}, {"seed": 5}):
+    settings: dict[str, Any] = {"guidance_scale": 3.0, "guidance_interval": 4}
+    more: list[dict[str, Any]] = [{"greedy": True}, {"seed": 5}]
+    for chosen in more:
         tokens = generate(generator, CLASSES[:3], graph=True, **settings, **chosen)
         assert torch.equal(generate(generator, CLASSES[:3], **settings, **chosen), tokens)
     assert recorded == [6, 3] * 2  # under guidance, and after it
