@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
-    """Write what was measured, `machine` first, which is what a result is known by."""
+    """Write what was measured: `machine` first, which is what a result is known by, then the command, its paths cut."""
     if path is not None:
-        write_text(path, json.dumps({"machine": content["machine"], **content}, indent=2) + "\n")
+        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+        write_text(path, json.dumps({"machine": content["machine"], "command": command, **content}, indent=2) + "\n")

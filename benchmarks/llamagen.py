@@ -53,7 +53,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
         def sample(condition: Tensor) -> Tensor:
             return varpi.generate(
-                ours, condition, guidance_scale=options.guidance, greedy=True, batch_size=len(condition)
+                ours,
+                condition,
+                guidance_scale=options.guidance,
+                greedy=True,
+                batch_size=len(condition),
+                graph=options.graph,
             )
     else:
         sample = _theirs(ours, options, DTYPES[dtype])
@@ -116,18 +121,19 @@ def _theirs(ours: LlamaGen, options: argparse.Namespace, dtype: torch.dtype) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llamagen", type=Path, required=True, help="a checkout of FoundationVision/LlamaGen")
+    parser.add_argument("--llamagen", type=Path, help="a checkout of FoundationVision/LlamaGen; needed")
     parser.add_argument("--architecture", default="llamagen-c2i-b", help="a class-conditional LlamaGen")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--images", type=int, default=8, help="generated at once")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help=f"{REFERENCE} is always among them")
+    parser.add_argument("--graph", action="store_true", help="ours by a CUDA graph")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parse(parser)
     try:
         class_conditional(options.architecture, options.image_size)
-        if not (options.llamagen / "autoregressive/models/generate.py").is_file():
+        if options.llamagen is None or not (options.llamagen / "autoregressive/models/generate.py").is_file():
             raise VarpiError(f"--llamagen: {options.llamagen} is no checkout of LlamaGen")
     except VarpiError as error:
         parser.error(str(error))

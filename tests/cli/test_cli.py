@@ -128,6 +128,16 @@ def test_sample_repeats_itself_whatever_the_batch(place: Place) -> None:
     assert not np.array_equal(archives[0], archives[2])
 
 
+def test_sample_in_bfloat16(place: Place) -> None:
+    place.run(*place.sample("--classes", "0,1,2"))
+    assert "dtype" not in json.loads((place / "samples" / "sample.json").read_text())
+    exact = np.load(place / "samples" / "samples.npz")["arr_0"]
+    shutil.rmtree(place / "samples")
+    place.run(*place.sample("--classes", "0,1,2", "--dtype", "bfloat16"))
+    assert json.loads((place / "samples" / "sample.json").read_text())["dtype"] == "bfloat16"
+    assert not np.array_equal(np.load(place / "samples" / "samples.npz")["arr_0"], exact)
+
+
 def test_sample_of_named_classes(place: Place) -> None:
     place.run(*place.sample("--classes", "2,0", "--greedy"))
     assert json.loads((place / "samples" / "sample.json").read_text())["classes"] == [2, 0]

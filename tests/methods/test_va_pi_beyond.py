@@ -18,6 +18,7 @@ from varpi.methods.va_pi import VaPi
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
 from varpi.runtime.randomness import Stream
+from varpi.tokenizers import VQ
 from varpi.training.loop import Trainer
 from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
@@ -276,7 +277,8 @@ def test_bf16_rewards_rank_samples_as_fp32_ones_do(pair: Path, estimator: str) -
         method = build(tiny.recipe(pair, f"method.estimator={estimator}", f"method.reward.precision={precision}"))
         recipe = tiny.recipe(pair)
         outcome = method.loss(batches(recipe).at(0), 0)
-        assert method.tokenizer.decoder.conv_out.weight.dtype == getattr(torch, "bfloat16" if found else "float32")
+        assert isinstance(method.tokenizer, VQ)
+        assert method.tokenizer.decoder.conv_out.weight.dtype == (torch.bfloat16 if found else torch.float32)
         rollout = outcome.rollout
         scores = rollout.gradients if estimator == "first_order" else rollout.advantages
         assert scores.dtype == torch.float32

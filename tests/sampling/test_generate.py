@@ -1,6 +1,7 @@
 """Generation: the cache against teacher forcing, guidance, filters, seeds, and refusals."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_the_tokens_can_be_trained_on(generator: LlamaGen) -> None:
 def test_only_guidance_doubles_the_batch(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     new_cache = generator.new_cache
-    monkeypatch.setattr(generator, "new_cache", lambda size: (sizes.append(size), new_cache(size))[1])
+    monkeypatch.setattr(generator, "new_cache", lambda size, static: (sizes.append(size), new_cache(size))[1])
     generate(generator, CLASSES, seed=0, batch_size=3)
     generate(generator, CLASSES, seed=0, batch_size=3, guidance_scale=0.5)
     assert sizes == [3, 3, 1] * 2
@@ -161,6 +162,36 @@ def test_the_unconditional_half_ends_with_guidance(generator: LlamaGen, monkeypa
     guided = torch.cat([(null + 3 * (conditional - null))[:, :6], conditional[:, 6:]], dim=1)
     assert torch.equal(guided.argmax(-1), tokens)
     assert not torch.equal(conditional.argmax(-1), tokens)
+
+
+def test_a_recorded_step_is_replayed_at_every_position(generator: LlamaGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With operations recorded as a CUDA graph records them: fixed, on the same memory, into the same memory."""
+    recorded: list[int] = []
+
+    def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        recorded.append(len(function()))
+        operations = make_fx(function)()
+        result = operations()
+
+        def replay() -> None:
+            result.copy_(operations())
+
+        return replay, result
+
+    monkeypatch.setattr("varpi.sampling.graph.record", record)
+    monkeypatch.setattr(LlamaGen, "device", torch.device("cuda"))
+    monkeypatch.setattr(generator, "prepare_condition", lambda condition: condition)
+    settings: dict[str, Any] = {"guidance_scale": 3.0, "guidance_interval": 4}
+    more: list[dict[str, Any]] = [{"greedy": True}, {"seed": 5}]
+    for chosen in more:
+        tokens = generate(generator, CLASSES[:3], graph=True, **settings, **chosen)
+        assert torch.equal(generate(generator, CLASSES[:3], **settings, **chosen), tokens)
+    assert recorded == [6, 3] * 2  # under guidance, and after it
+
+
+def test_a_graph_is_for_a_gpu(generator: LlamaGen) -> None:
+    with pytest.raises(VarpiError, match="a CUDA graph needs a generator on one GPU"):
+        generate(generator, CLASSES, graph=True)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def asked_pair(options: argparse.Namespace) -> Any:
         image_size=options.image_size,
         text_encoder=options.text_encoder,
         device=choose_device(options.device),
+        dtype=options.dtype,
     )
 
 

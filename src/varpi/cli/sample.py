@@ -61,6 +61,13 @@ def add_sampling(parser: Any, *, required: bool) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts or captions")
     add_flags(parser)
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the generator and the tokenizer; in bfloat16 they are faster and draw other tokens (%(default)s)",
+    )
+    parser.add_argument("--graph", action="store_true", help="replay a decode step as a CUDA graph, on one GPU")
+    parser.add_argument(
         "--resize", type=int, metavar="S", help="resize from 384 to 256 as the paper does; S must be 256"
     )
 
@@ -77,6 +84,7 @@ class Wanted:
     record: Mapping[str, Any]
     resize: int | None
     batch_size: int
+    graph: bool
     geneval: Sequence[Mapping[str, Any]] | None
     """GenEval's metadata where its layout is wanted, a record for each prompt."""
 
@@ -107,6 +115,7 @@ class Wanted:
             record=self.record,
             resize=self.resize,
             batch_size=self.batch_size,
+            graph=self.graph,
             world=world,
             together=together,
             progress=world.is_main and sys.stderr.isatty(),
@@ -140,6 +149,8 @@ def prepare(options: argparse.Namespace, output: Path) -> Wanted:
     else:
         condition = _repeated(options, prompts, check)
     record = {"generator": options.generator, "generator_sha256": digest(options.generator)}
+    if options.dtype != "float32":
+        record["dtype"] = options.dtype
     return Wanted(
         generator,
         tokenizer,
@@ -149,6 +160,7 @@ def prepare(options: argparse.Namespace, output: Path) -> Wanted:
         record={**record, "tokenizer": options.tokenizer},
         resize=options.resize,
         batch_size=options.batch_size,
+        graph=options.graph,
         geneval=metadata,
     )
 

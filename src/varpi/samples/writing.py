@@ -9,7 +9,9 @@ torchrun gives each process one).
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def write_samples(
     record: Mapping[str, Any],
     resize: int | None = None,
     batch_size: int = 64,
+    graph: bool = False,
     world: World | None = None,
     together: bool = False,
     progress: bool = False,
@@ -55,6 +58,7 @@ def write_samples(
     condition: class ids or prompts, one an image. sampling: its seed is 0 unless given.
     record: what else sample.json says.
     batch_size: images at once; at most as many as there are.
+    graph: as for `generate_with`.
     world: the processes that share the work; they need to see the same `output`. None: this one alone.
     together: also the others return only when all is there.
 
@@ -104,7 +108,8 @@ def write_samples(
     )
     parts = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     mine = parts[world.rank :: world.size]
-    with Progress(console=Console(stderr=True), disable=not progress or len(parts) == 1) as bar:
+    bar = Progress(console=Console(stderr=True), disable=not progress or len(parts) == 1)
+    with bar, ThreadPoolExecutor() as pool:
         task = bar.add_task("images", total=sum(map(len, mine)))
         for part in mine:
             if _read(files[part.start : part.stop], side) is None:
@@ -114,13 +119,13 @@ def write_samples(
                     sampling,
                     first=part.start,
                     batch_size=batch_size,
+                    graph=graph,
                     progress=progress and len(parts) == 1,
                 )
                 with torch.inference_mode():
                     decoded = tokenizer.decode(tokens)
                 images = to_uint8(decoded if resize is None else resize_384_to_256(decoded))
-                for file, image in zip(files[part.start : part.stop], images, strict=True):
-                    save_png(file, image, sync=False)
+                list(pool.map(partial(save_png, sync=False), files[part.start : part.stop], images))
             bar.advance(task, len(part))
     if world.is_main:
         _assemble(output, files, parts, side, progress=progress)

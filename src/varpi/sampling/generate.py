@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from varpi.errors import VarpiError
 from varpi.generators import Generator, concat_conditions
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
+from varpi.sampling.graph import Recorded, Step
 from varpi.sampling.packing import packed_linears
 from varpi.sampling.settings import Sampling, Schedule
 
@@ -40,6 +41,7 @@ def generate(
     seed: int | None = None,
     first: int = 0,
     batch_size: int | None = None,
+    graph: bool = False,
     progress: bool = False,
 ) -> Tensor:
     """`generate_with` the settings given one by one; `Sampling` says what each means."""
@@ -54,7 +56,9 @@ def generate(
         greedy=greedy,
         seed=seed,
     )
-    return generate_with(generator, condition, sampling, first=first, batch_size=batch_size, progress=progress)
+    return generate_with(
+        generator, condition, sampling, first=first, batch_size=batch_size, graph=graph, progress=progress
+    )
 
 
 def generate_with(
@@ -65,6 +69,7 @@ def generate_with(
     first: int = 0,
     draws: Tensor | None = None,
     batch_size: int | None = None,
+    graph: bool = False,
     progress: bool = False,
 ) -> Tensor:
     """Generate the tokens of one image per condition, int64 (B,N).
@@ -74,6 +79,8 @@ def generate_with(
         `first` + i, whatever the batch size.
     draws: float32 (B,N) in [0,1), the numbers that choose the tokens, in place of a seed's.
     batch_size: images in flight at once, which bounds the memory; by default `IN_FLIGHT`.
+    graph: record a step as a CUDA graph and replay it, with a static cache: for models whose step is bound by the
+        launching of its kernels. On a GPU, a model that is not sharded.
     progress: show a bar on stderr.
 
     With a seed the global random state is neither read nor changed. The generator is put in eval mode meanwhile. Raises
@@ -83,6 +90,8 @@ def generate_with(
         raise VarpiError(f"first is {first}; it must be at least 0")
     if batch_size is not None and batch_size < 1:
         raise VarpiError(f"batch_size is {batch_size}; it must be at least 1")
+    if graph and (generator.device.type != "cuda" or any(type(p) is not nn.Parameter for p in generator.parameters())):
+        raise VarpiError("a CUDA graph needs a generator on one GPU, not sharded: leave out graph")
     condition = generator.prepare_condition(condition)
     count = len(condition)
     if draws is not None and draws.shape != (count, generator.num_tokens):
@@ -106,7 +115,7 @@ def generate_with(
                     chosen = draws[start : start + size]
                 canvas = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=generator.device)
                 with packed_linears(generator, _rows(size, sampling)):
-                    for _ in _fill(canvas, generator, part, sampling, chosen):
+                    for _ in _fill(canvas, generator, part, sampling, chosen, graph=graph):
                         bar.advance(task, size)
                 tokens.append(canvas)
     finally:
@@ -168,7 +177,9 @@ def _draws(generator: Generator, sampling: Sampling, numbers: range) -> Tensor:
     return uniforms(sampling.seed, 0, numbers, (generator.num_tokens,), stream=Stream.GENERATION)
 
 
-def _fill(tokens: Tensor, generator: Generator, condition: Any, sampling: Sampling, draws: Tensor) -> Iterator[int]:
+def _fill(
+    tokens: Tensor, generator: Generator, condition: Any, sampling: Sampling, draws: Tensor, *, graph: bool = False
+) -> Iterator[int]:
     """Draw the tokens (B,N) of a batch, in place; after each position, how many of the N there are.
 
     draws: (B,N), the batch's uniform numbers.
@@ -180,17 +191,25 @@ def _fill(tokens: Tensor, generator: Generator, condition: Any, sampling: Sampli
     if guided:  # conditional and unconditional sequences side by side, fed the same tokens
         everywhere = torch.ones(size, dtype=torch.bool, device=device)
         condition = concat_conditions(condition, generator.drop_condition(condition, everywhere))
-    cache = generator.new_cache(len(condition))
+    cache = generator.new_cache(len(condition), static=graph)
+
+    def step_on(cache: Any) -> Step:
+        def step(tokens: Tensor, position: Tensor) -> Tensor:
+            return generator.decode_step(tokens, position, cache)
+
+        return Recorded(step) if graph else step
+
+    step = step_on(cache)
     logits = generator.prefill(condition, cache)
     draws = draws.to(device)
-    positions = torch.arange(generator.num_tokens)
+    positions = torch.arange(generator.num_tokens, device=device if graph else "cpu")
     for position, scale in enumerate(scales):
         if guided and position > guided_to:  # nothing asks for the unconditional sequences any more
-            guided, cache = False, cache.first(size)
+            guided, step = False, step_on(cache.first(size))
         if position:
             last = tokens[:, position - 1]
             last = torch.cat([last, last]) if guided else last
-            logits = generator.decode_step(last, positions[position - 1], cache)
+            logits = step(last, positions[position - 1])
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + scale * (conditional - null) if scale > 1 else conditional

@@ -28,7 +28,7 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
             if _can_pack(layer, dtype):
                 weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), rows)
                 bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-                layer.forward = partial(_linear, weight, bias, dtype)
+                vars(layer)["forward"] = partial(_linear, weight, bias, dtype)
         yield
     finally:
         for layer in layers:
