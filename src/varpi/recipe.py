@@ -181,6 +181,8 @@ class Optimizer(Section):
     weight_decay: Weight = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[Float, Field(gt=0)] = 1e-8
+    state_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the two moments; bf16 halves them, rounded at random. Weights, and what is computed, stay fp32."""
     gradient_clip: Annotated[Float, Field(gt=0)] = 1.0
     """Largest norm of the whole gradient."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
@@ -199,7 +201,7 @@ class Training(Section):
     updates_per_batch: Count = 1
     """Optimizer updates made from one batch of rollouts."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the generator's forward and backward pass; master weights and optimizer state are always fp32."""
+    """Of the generator's forward and backward pass; master weights are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more transformer work."""
     save_every: Count | None = None

@@ -95,7 +95,7 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
         shard(model, world)
-    optimizer = make_optimizer(method.model, recipe.optimizer)
+    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=world.rank)
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()
     if checkpoint is not None:
