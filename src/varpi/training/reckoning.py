@@ -86,18 +86,8 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
     cuda: whether the optimizer's update is reckoned as it is made there, for all weights at once.
 
     Raises:
-        VarpiError: the recipe's parts do not fit, a size is not known, or its method cannot be run without numbers.
+        VarpiError: the recipe's parts do not fit, a size is not known, or a step of its method needs numbers.
     """
-    try:
-        return _reckon(recipe, cuda)
-    except VarpiError:
-        raise
-    except Exception as error:  # what an operation raises that needs numbers depends on the operation
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise VarpiError(f"--dry-run cannot reckon method {recipe.method.name}: it needs numbers ({text:.150})") from error
-
-
-def _reckon(recipe: Recipe, cuda: bool) -> Reckoning:
     training, side = recipe.training, recipe.data.image_size
     micro = min(training.micro_batch or training.batch_size, training.batch_size)
     # A second micro-batch finds the gradients of the first; more are like it, unless their rollouts are kept.
@@ -127,8 +117,14 @@ def _reckon(recipe: Recipe, cuda: bool) -> Reckoning:
         method.stages = LedgerStages(ledger)
         ledger.forget()
         trainer = Trainer(recipe, method, optimizer, World(0, 1, "cpu"))
-        for _ in trainer.updates(batch, 0, Progress()):
-            pass
+        try:
+            for _ in trainer.updates(batch, 0, Progress()):
+                pass
+        except Exception as error:  # what an operation raises that needs numbers depends on the operation
+            text = " ".join(f"{error}".split())
+            raise VarpiError(
+                f"--dry-run cannot reckon method {recipe.method.name}: a step of it needs numbers ({text:.150})"
+            ) from error
     stages = {name: stage for name, stage in ledger.stages.items() if stage.top}
     whole = training.batch_size / images
     return Reckoning(
