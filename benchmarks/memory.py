@@ -9,7 +9,6 @@ the whole process, less what it had once everything was imported.
 """
 
 import argparse
-import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,9 @@ def prepare(folder: Path, kind: str) -> list[str]:
                 pixels = draws.integers(256, size=(size, size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
         settings += [f"data.source={folder / 'images'}", f"method.reward.perceptual_weights={folder / 'vgg16.pth'}"]
-        torch.save({f"features.{k}": v for k, v in vgg16(weights=None).features.state_dict().items()}, folder / "vgg16.pth")
+        torch.save(
+            {f"features.{k}": v for k, v in vgg16(weights=None).features.state_dict().items()}, folder / "vgg16.pth"
+        )
     if "gpt" in kind:
         config = class_conditional("llamagen-c2i-b", size)
         save_generator(random_generator(config, "cpu"), folder / "generator.safetensors")

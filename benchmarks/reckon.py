@@ -90,7 +90,9 @@ def main() -> None:
             flush=True,
         )
     cards = {name: card._asdict() for name, card in CARDS.items()}
-    write_json(options.json, {"machine": machine("cpu"), "assumed": {"cards": cards, "reached": REACHED}, "cases": rows})
+    write_json(
+        options.json, {"machine": machine("cpu"), "assumed": {"cards": cards, "reached": REACHED}, "cases": rows}
+    )
 
 
 if __name__ == "__main__":

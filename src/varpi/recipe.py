@@ -123,8 +123,8 @@ class DataSection(Section):
     shuffle_buffer: Annotated[Int, Field(ge=1, le=2**24)] | None = None
     """Images that a stream shuffles among, beside its files; none: 1000."""
     lanes: Annotated[Int, Field(ge=1, le=2**12)] | None = None
-    """Sequences that a stream is read as, each with its own shuffle_buffer; any number of processes that divides it reads
-    the same images in the same order, and continues the run. None: one for each process, as many to the end."""
+    """Sequences that a stream is read as, each with its own shuffle_buffer; any number of processes that divides it
+    reads the same images in the same order, and continues the run. None: one for each process, as many to the end."""
     flip: bool = False
     """Train on every image and on its mirror image; for sources with classes."""
     workers: Annotated[Int, Field(ge=0, le=2**10)] = 0
@@ -209,6 +209,8 @@ class Training(Section):
     """Of the generator's forward and backward pass; master weights are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more transformer work."""
+    shard_over: Count | None = None
+    """Processes that share the weights among them, one node's for instance; each group holds all (HSDP). None: all."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2

@@ -70,7 +70,9 @@ def test_the_work_of_a_step_is_what_its_modules_count(pair: Path) -> None:
 def test_settings_that_save_memory_save_it(pair: Path) -> None:
     plain = reckon(tiny.recipe(pair))
     assert reckon(tiny.recipe(pair, "training.gradient_checkpointing=true")).activations < 0.6 * plain.activations
-    assert reckon(tiny.recipe(pair, "training.micro_batch=4")).activations == pytest.approx(plain.activations / 2, rel=0.1)
+    assert reckon(tiny.recipe(pair, "training.micro_batch=4")).activations == pytest.approx(
+        plain.activations / 2, rel=0.1
+    )
     smaller = reckon(tiny.recipe(pair, "method.reward.decode_batch=4"))
     assert smaller.working["reward"] < 0.5 * plain.working["reward"]
 
@@ -127,7 +129,9 @@ def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixt
     assert "no setting that varpi knows makes it fit" in capsys.readouterr().err
 
 
-def test_it_says_parts_and_time(pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_parts_and_time(
+    pair: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("varpi.training.dry_run.measure_rates", lambda *_: Rates({torch.float32: 1e9}, 1e9))
     assert main(["train", str(pair / "va_pi.yaml"), "--dry-run", "--device", "cpu"]) == 0
     said = capsys.readouterr().out

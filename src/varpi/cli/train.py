@@ -39,7 +39,6 @@ def add(commands: Any) -> None:
         "--print-recipe", action="store_true", help="print the complete recipe, with its comments, and stop"
     )
 
-
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -19,8 +19,8 @@ from varpi.errors import VarpiError
 class Lanes:
     """This process's lanes, as one stream of batches.
 
-    open_lane: the stream of one lane, of this number among so many. Each counts for itself what it leaves out, and stops
-        the run by its own share.
+    open_lane: the stream of one lane, of this number among so many. Each counts for itself what it leaves out, and
+        stops the run by its own share.
     lanes: how many there are, over all processes.
     """
 

@@ -11,7 +11,6 @@ from varpi.errors import VarpiError
 from varpi.recipe import DataSection, Recipe
 from varpi.runtime.processes import World
 
-
 AnyBatches = Batches | StreamBatches | Lanes
 
 

@@ -133,8 +133,8 @@ class LedgerStages(Stages):
 def enter(modules: Iterable[nn.Module]) -> None:
     """Within a ledger, give modules of the meta device weights there, in place; shared ones stay shared."""
     made: dict[int, Tensor] = {}
-    for module in dict.fromkeys(part for module in modules for part in module.modules()):
-        for tensors in (module._parameters, module._buffers):
+    for part in dict.fromkeys(part for module in modules for part in module.modules()):
+        for tensors in (part._parameters, part._buffers):
             for name, old in tensors.items():
                 if old is None:
                     continue

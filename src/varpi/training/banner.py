@@ -11,9 +11,7 @@ from varpi.recipe import Recipe
 from varpi.runtime.processes import World
 
 
-def banner(
-    run: Path, recipe: Recipe, method: Method, batches: AnyBatches, world: World, begun: int
-) -> list[str]:
+def banner(run: Path, recipe: Recipe, method: Method, batches: AnyBatches, world: World, begun: int) -> list[str]:
     """Its lines. begun: the step that the run continues from."""
     training, data, parameters = recipe.training, recipe.data, list(method.model.parameters())
     count = sum(parameter.numel() for parameter in parameters)

@@ -36,6 +36,7 @@ CARD_SHARE = 0.95
 """Of a card's memory that tensors can have; the rest is lost between them."""
 _MOST_CHANGES = 16
 
+
 @dataclass(frozen=True)
 class Work:
     flops: Mapping[torch.dtype, float]

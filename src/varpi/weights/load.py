@@ -15,9 +15,9 @@ from torch import Tensor
 
 from varpi.errors import VarpiError
 from varpi.generators import Generator
-from varpi.runtime.sizes import sizes_only, without_numbers
 from varpi.runtime.memory import check_memory
 from varpi.runtime.pretrained import Pretrained, Stored, config_of
+from varpi.runtime.sizes import sizes_only, without_numbers
 from varpi.runtime.sources import EMBEDDED, Source, embedded, is_here
 from varpi.runtime.tensors import fill, read_checkpoint
 from varpi.tokenizers import Tokenizer
