@@ -14,7 +14,7 @@ from varpi.cli.main import main
 from varpi.errors import VarpiError
 from varpi.recipe import load_recipe, method_names
 from varpi.runtime.ledger import Ledger
-from varpi.training.reckoning import PROCESS_OVERHEAD, Rates, Work, reckon, room_of, what_fits
+from varpi.training.reckoning import PROCESS_OVERHEAD, Rates, StageWork, reckon, room_of, what_fits
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 
@@ -80,7 +80,9 @@ def test_settings_that_save_memory_save_it(pair: Path) -> None:
 def test_seconds_are_products_and_then_traffic(pair: Path) -> None:
     rates = Rates({torch.float32: 10.0, torch.bfloat16: 20.0}, 4.0)
     found = reckon(tiny.recipe(pair))
-    object.__setattr__(found, "work", {"a": Work({torch.float32: 30, torch.bfloat16: 20}, 6), "b": Work({}, 2)})
+    object.__setattr__(
+        found, "work", {"a": StageWork({torch.float32: 30, torch.bfloat16: 20}, 6), "b": StageWork({}, 2)}
+    )
     assert found.seconds(rates) == 3 + 1 + 2
 
 

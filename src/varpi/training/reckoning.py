@@ -38,7 +38,7 @@ _MOST_CHANGES = 16
 
 
 @dataclass(frozen=True)
-class Work:
+class StageWork:
     flops: Mapping[torch.dtype, float]
     """Operations of matrix products and convolutions by type, two per multiply-add."""
     bytes: float
@@ -58,7 +58,7 @@ class Reckoning:
     peak: int
     """The most at once."""
     peak_stage: str
-    work: dict[str, Work]
+    work: dict[str, StageWork]
     """By stage, of one update."""
 
     def seconds(self, rates: "Rates") -> float:
@@ -138,8 +138,8 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
     )
 
 
-def _work(stage: Stage, times: float) -> Work:
-    return Work({kind: count * times for kind, count in stage.flops.items()}, stage.bytes * times)
+def _work(stage: Stage, times: float) -> StageWork:
+    return StageWork({kind: count * times for kind, count in stage.flops.items()}, stage.bytes * times)
 
 
 def measure_rates(device: str, kinds: Iterable[torch.dtype], seconds: float = 10.0) -> Rates:
@@ -208,18 +208,23 @@ def what_fits(recipe: Recipe, room: Room) -> list[str]:
     The largest part is made smaller until the whole fits, each time reckoned anew.
     """
     chosen: dict[str, object] = {}
+    found = reckon(recipe, cuda=room.cuda)
     for _ in range(_MOST_CHANGES):
-        found = reckon(recipe, cuda=room.cuda)
         if found.peak <= room.tensors:
             return [f"{key}={value}" for key, value in chosen.items()]
-        change = next(_changes(recipe, found), None)
-        if change is None:
+        for change in _changes(recipe, found):
+            values = yaml.safe_load(recipe.to_yaml())
+            for key, value in change.items():
+                apply_setting(values, f"{key}={value}")
+            try:
+                changed = parse_recipe(values)
+                found = reckon(changed, cuda=room.cuda)
+            except VarpiError:  # this recipe cannot have it, or a library is missing
+                continue
+            recipe, chosen = changed, chosen | change
+            break
+        else:
             return []
-        chosen |= change
-        values = yaml.safe_load(recipe.to_yaml())
-        for key, value in change.items():
-            apply_setting(values, f"{key}={value}")
-        recipe = parse_recipe(values)
     return []
 
 
