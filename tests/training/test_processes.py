@@ -247,7 +247,11 @@ def test_two_nodes(pair: Path, one: Path, tmp_path: Path) -> None:
         subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [node.communicate(timeout=280)[1] for node in nodes]
+    try:
+        said = [node.communicate(timeout=280)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
     assert [node.returncode for node in nodes] == [0, 0], said
     assert_close(run, one, 4)
 

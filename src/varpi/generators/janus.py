@@ -332,9 +332,9 @@ def assemble_tokenizer(source: Pretrained) -> Assembled:
 
 
 def shape(architecture: str, image_size: int | None) -> Janus:
-    """The generator of a name, without weights; its image size is always 384."""
+    """The generator of a name, without weights, for token ids; its image size is always 384."""
     with torch.device("meta"):
-        return Janus(config_for(architecture))
+        return Janus(config_for(architecture), ids=dict.fromkeys(SPECIAL, 0))
 
 
 def tokenizer_shape(architecture: str, image_size: int | None) -> VQ:
