@@ -29,7 +29,7 @@ STORES = {"embedded", "recipes"}
 
 FAMILIES = {
     "ARCHITECTURES", "Cache", "FAMILY", "PREFIXES", "SIZES", "assemble", "assemble_tokenizer", "config_for",
-    "config_from", "facts_of",
+    "config_from", "facts_of", "shape", "tokenizer_shape",
 }  # fmt: skip
 INTERFACES = {
     "cli": {"add", "run"},

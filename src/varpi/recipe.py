@@ -122,6 +122,9 @@ class DataSection(Section):
     """Read the data in order, as it comes, for sources that are too large to hold."""
     shuffle_buffer: Annotated[Int, Field(ge=1, le=2**24)] | None = None
     """Images that a stream shuffles among, beside its files; none: 1000."""
+    lanes: Annotated[Int, Field(ge=1, le=2**12)] | None = None
+    """Sequences that a stream is read as, each with its own shuffle_buffer; any number of processes that divides it
+    reads the same images in the same order, and continues the run. None: one for each process, as many to the end."""
     flip: bool = False
     """Train on every image and on its mirror image; for sources with classes."""
     workers: Annotated[Int, Field(ge=0, le=2**10)] = 0
@@ -135,6 +138,8 @@ class DataSection(Section):
             raise ValueError("caption_features cannot be looked up for a stream; leave out one of the two")
         if not self.stream and self.shuffle_buffer is not None:
             raise ValueError("shuffle_buffer is for streams; set stream: true or leave it out")
+        if not self.stream and self.lanes is not None:
+            raise ValueError("lanes is for streams; set stream: true or leave it out")
         if self.stream and self.flip:
             raise ValueError("flip needs data that can be looked up; leave out one of flip and stream")
         return self
@@ -183,6 +188,8 @@ class Optimizer(Section):
     weight_decay: Weight = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[Float, Field(gt=0)] = 1e-8
+    state_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the two moments; bf16 halves them, rounded at random. Weights, and what is computed, stay fp32."""
     gradient_clip: Annotated[Float, Field(gt=0)] = 1.0
     """Largest norm of the whole gradient."""
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
@@ -201,12 +208,14 @@ class Training(Section):
     updates_per_batch: Count = 1
     """Optimizer updates made from one batch of rollouts."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the generator's forward and backward pass; master weights and optimizer state are always fp32."""
+    """Of the generator's forward and backward pass; master weights are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more transformer work."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): the same curve but for rounding, after a first step of a minute
     or more."""
+    shard_over: Count | None = None
+    """Processes that share the weights among them, one node's for instance; each group holds all (HSDP). None: all."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2
@@ -334,6 +343,11 @@ class Recipe(Section):
             raise ValueError(
                 f"training.updates_per_batch is {self.training.updates_per_batch}, but method {method.name} has no "
                 "rollouts to reuse"
+            )
+        if self.data.lanes is not None and self.training.batch_size % self.data.lanes:
+            raise ValueError(
+                f"training.batch_size is {self.training.batch_size}; it must be a multiple of data.lanes, "
+                f"{self.data.lanes}"
             )
         if self.validation is not None and self.validation.every % self.training.updates_per_batch:
             raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from shards import png, red_of, write_shard, write_tar
 
 from varpi.data import BadImage, Batch, Dropped, Item
+from varpi.data.lanes import Lanes
 from varpi.data.stream import Row, StreamBatches
 from varpi.errors import VarpiError
 
@@ -376,3 +377,59 @@ def test_a_program_ends_in_the_middle_of_its_streams(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (3, "done\n", "")
+
+
+def _lanes(world_size: int, rank: int = 0, lanes: int = 4) -> Lanes:
+    """Of 3 files, which are not dealt out, and 8 images a batch."""
+
+    def lane(number: int, count: int) -> StreamBatches:
+        return _numbers(9, 7, 11, load=_troublesome, max_bad_fraction=1, batch_size=8, rank=number, world_size=count)
+
+    return Lanes(lane, lanes, rank=rank, world_size=world_size)
+
+
+def test_lanes_read_the_same_in_any_number_of_processes() -> None:
+    whole = list(islice(_lanes(1).from_cursor(0), 6))
+    for world_size in (2, 4):
+        parts = [list(islice(_lanes(world_size, rank).from_cursor(0), 6)) for rank in range(world_size)]
+        for number, batch in enumerate(whole):
+            shares = [part[number] for part in parts]
+            assert torch.equal(batch.images, torch.cat([share.images for share in shares]))
+            assert batch.condition == [caption for share in shares for caption in share.condition]
+            assert batch.positions.tolist() == [place for share in shares for place in share.positions.tolist()]
+            assert batch.positions.tolist() == [*range(8)]
+            assert (batch.bad, batch.dropped) == tuple(
+                sum(getattr(share, name) for share in shares) for name in ("bad", "dropped")
+            )
+
+
+def test_lanes_go_on_in_another_number_of_processes() -> None:
+    whole = list(islice(_lanes(1).from_cursor(0), 9))
+    four = [next(islice(_lanes(4, rank).from_cursor(0), 2, None)) for rank in range(4)]
+    saved = [place for batch in four for place in batch.cursor]  # as a checkpoint has them
+    assert len(saved) == 4
+    two = []
+    for rank in range(2):
+        lanes = _lanes(2, rank)
+        two.append(list(islice(lanes.from_cursor(lanes.cursor_at(3, saved)), 3)))
+    for number in range(3):
+        assert torch.equal(whole[3 + number].images, torch.cat([part[number].images for part in two]))
+    one = _lanes(1)
+    saved = [place for part in two for place in part[-1].cursor]
+    assert all(map(_same, islice(one.from_cursor(one.cursor_at(6, saved)), 3), whole[6:]))
+
+
+def test_lanes_that_do_not_fit() -> None:
+    with pytest.raises(VarpiError, match=r"data\.lanes is 4; it must be a multiple of 3 processes"):
+        _lanes(3)
+    with pytest.raises(VarpiError, match=r"saved with 2 cursors of its stream; data\.lanes is 4"):
+        _lanes(1).cursor_at(3, [5, 6])
+    assert _lanes(2, 1).cursor_at(0, []) == (0, 0)
+
+
+def test_lanes_count_together() -> None:
+    lanes = _lanes(2, 0)
+    list(islice(lanes.from_cursor(0), 3))
+    assert lanes.seen == 12 + len(lanes.left_out) > 12
+    lanes.seen, lanes.left_out = 5, type(lanes.left_out)({"x": (2, "y")})
+    assert (lanes.seen, lanes.left_out.found) == (5, {"x": (2, "y")})

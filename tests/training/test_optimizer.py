@@ -16,7 +16,7 @@ from varpi.recipe import Optimizer
 from varpi.runtime.processes import World
 from varpi.runtime.stages import Stages
 from varpi.training.loop import Trainer
-from varpi.training.optimizer import learning_rate, make_optimizer
+from varpi.training.optimizer import _rounded, learning_rate, make_optimizer
 from varpi.training.state import Progress
 
 GRADIENTS = [(3.0, 4.0), (0.3, -0.4), (-1.0, 0.0)]
@@ -146,3 +146,59 @@ def test_dropouts_masks_are_of_seed_step_process_and_micro_batch() -> None:
     assert halves[0] == plain
     others = [*masks(step=1), *masks(rank=1), *masks(seed=1), halves[1], *masks(step=1, rank=1)]
     assert len({plain, *others}) == 6
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+def follow(settings: Optimizer, gradients: Sequence[Tensor]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A layer after updates of these gradients of its weight."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 32, bias=False)
+    optimizer = make_optimizer(model, settings, seed=7)
+    for gradient in gradients:
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_moments_in_bf16_go_where_those_in_fp32_go() -> None:
+    """The second falls to a ninth over the run; rounded to the nearest it would not move, and the weights lag."""
+    draws = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(32, 64, generator=draws) * (3.0 if step < 20 else 1.0) for step in range(1500)]
+    results = {}
+    for precision in ("fp32", "bf16"):
+        settings = Optimizer(learning_rate=1e-3, weight_decay=0.1, state_precision=precision)
+        results[precision] = follow(settings, gradients)
+    (plain, exact), (model, optimizer) = results["fp32"], results["bf16"]
+    assert {tensor.dtype for tensor in moments(optimizer)} == {torch.bfloat16}
+    means = [tensor.float().mean().item() for tensor in moments(optimizer)]
+    expected = [tensor.mean().item() for tensor in moments(exact)]
+    assert means[1] == pytest.approx(expected[1], rel=0.01)
+    drift = (model.weight - plain.weight).norm() / (plain.weight - follow(settings, [])[0].weight).norm()
+    assert drift < 0.02
+
+
+def test_rounding_at_random_is_right_on_average() -> None:
+    values = torch.tensor([1.0, 1.001, -1.001, 3e-20, -0.0]).repeat(20000, 1)
+    rounded = _rounded(values.clone(), torch.Generator().manual_seed(0)).float()
+    torch.testing.assert_close(rounded.mean(dim=0), values[0], rtol=1e-4, atol=0)
+    assert sorted(set(rounded[:, 1].tolist())) == [1.0, 1.0078125]
+    assert set(rounded[:, 0].tolist()) == {1.0}
+
+
+def test_moments_in_bf16_are_restored_as_they_were() -> None:
+    draws = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(32, 64, generator=draws) for _ in range(6)]
+    settings = Optimizer(learning_rate=1e-3, state_precision="bf16")
+    whole, _ = follow(settings, gradients)
+    half, optimizer = follow(settings, gradients[:3])
+    again, other = follow(settings, [])
+    again.load_state_dict(half.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for gradient in gradients[3:]:
+        again.weight.grad = gradient.clone()
+        other.step()
+    assert torch.equal(again.weight, whole.weight)
+    assert not torch.equal(again.weight, half.weight)

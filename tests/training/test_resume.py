@@ -29,9 +29,10 @@ from varpi.training.logging import Logger
         (("training.updates_per_batch=2", "training.micro_batch=4"), "va_pi"),
         (("method.prior=kl",), "va_pi"),
         (("validation.every=2", "validation.patience=3"), "va_pi"),
+        (("optimizer.state_precision=bf16", "training.precision=bf16"), "va_pi"),
         (("optimizer.schedule=cosine", "optimizer.warmup_steps=3"), "next_token"),
     ],
-    ids=["plain", "workers", "updates_per_batch", "kl", "validation", "schedule"],
+    ids=["plain", "workers", "updates_per_batch", "kl", "validation", "bf16", "schedule"],
 )
 def test_a_crash_changes_nothing(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], method: str

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from training_runs import contents, quiet, same, steps_saved, weights
 
 from varpi.errors import VarpiError
+from varpi.training import read_metrics
 from varpi.training.checkpoint_files import read_index
 from varpi.training.run_directory import RunLock
 from varpi.training.state import checkpoints, newest_whole, read_progress
@@ -165,6 +166,18 @@ def test_the_index_is_read_as_torch_reads_it(run: Path) -> None:
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.storage_data == theirs.storage_data
     assert ours.planner_data == theirs.planner_data
+
+
+def test_a_run_from_before_a_key_goes_on(pair: Path, tmp_path: Path) -> None:
+    """A key that its recipe lacks had no other value than the default."""
+    run = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
+    text = (run / "recipe.yaml").read_text()
+    assert "  state_precision: fp32\n" in text
+    (run / "recipe.yaml").write_text(text.replace("  state_precision: fp32\n", ""))
+    with pytest.raises(VarpiError, match=r"optimizer\.state_precision is 'fp32' there and 'bf16' here"):
+        quiet(tiny.recipe(pair, "training.steps=2", "optimizer.state_precision=bf16"), run, resume=True)
+    quiet(tiny.recipe(pair, "training.steps=2"), run, resume=True)
+    assert read_metrics(run)[-1]["step"] == 2
 
 
 # -- what is the user's stays

@@ -39,6 +39,16 @@ def add(commands: Any) -> None:
         "--print-recipe", action="store_true", help="print the complete recipe, with its comments, and stop"
     )
 
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what memory and time the recipe takes on this device, refuse what does not fit, and stop; needs the "
+        "sizes of the models, not their weights: generator.architecture is enough",
+    )
+    parser.add_argument(
+        "--device-memory", type=_gib, metavar="GIB", help="with --dry-run: reckon for a card of so much memory"
+    )
+
 
 def run(options: argparse.Namespace) -> None:
     from varpi.recipe import find_recipe, load_recipe
@@ -47,6 +57,15 @@ def run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.settings)
     if options.print_recipe:
         print(with_comments(recipe.to_yaml(), find_recipe(options.recipe).read_text(encoding="utf-8")), end="")
+        return
+    if options.device_memory is not None and not options.dry_run:
+        raise VarpiError("--device-memory is for --dry-run; leave it out")
+    if options.dry_run:
+        from varpi.training.dry_run import dry_run
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise VarpiError("--dry-run reckons for one process; run it without torchrun")
+        print("\n".join(dry_run(recipe, options.device, options.device_memory)))
         return
     for section in (recipe.generator, recipe.tokenizer):
         if section is not None and section.source is not None:
@@ -63,6 +82,13 @@ def run(options: argparse.Namespace) -> None:
     )
     if os.environ.get("RANK", "0") == "0" and (run / "model.safetensors").is_file():
         say(f"wrote {run / 'model.safetensors'}")
+
+
+def _gib(text: str) -> float:
+    size = float(text)
+    if not 0 < size < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a size of memory in GiB")
+    return size
 
 
 def _check_base(source: Path) -> None:

@@ -51,7 +51,7 @@ class Batch:
     """Items left out on purpose that had to be replaced."""
     captions: list[str] | None = None
     """The b captions that `condition` was made from; None where it was made from something else."""
-    cursor: int = 0
+    cursor: int | tuple[int, ...] = 0
     """What to give `from_cursor` to go on with the batch after this one."""
 
 

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from varpi.data import Batches, Dataset, open_dataset
+from varpi.data.lanes import Lanes
 from varpi.data.mirrored import Mirrored
 from varpi.data.stream import SHUFFLE_BUFFER, StreamBatches
 from varpi.errors import VarpiError
 from varpi.recipe import DataSection, Recipe
 from varpi.runtime.processes import World
 
+AnyBatches = Batches | StreamBatches | Lanes
 
-def open_batches(recipe: Recipe, world: World, classes: Sequence[str] | None = None) -> Batches | StreamBatches:
+
+def open_batches(recipe: Recipe, world: World, classes: Sequence[str] | None = None) -> AnyBatches:
     """This process's part of the batches of a run.
 
     classes: what the generator calls its classes, where it has names for them; data.classes goes first.
@@ -20,25 +23,31 @@ def open_batches(recipe: Recipe, world: World, classes: Sequence[str] | None = N
     run: dict[str, Any] = {
         "batch_size": recipe.training.batch_size,
         "seed": recipe.seed,
-        "rank": world.rank,
-        "world_size": world.size,
         "workers": data.workers,
         "max_bad_fraction": data.max_bad_fraction,
     }
     if not data.stream:
-        return Batches(open_training_data(data, classes), **run)
-    return StreamBatches.open(
-        data.source,
-        image_size=data.image_size,
-        split=data.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        caption_column=data.caption_column,
-        min_side=data.min_side,
-        classes=data.classes or classes,
-        shuffle_buffer=data.shuffle_buffer or SHUFFLE_BUFFER,
-        **run,
-    )
+        return Batches(open_training_data(data, classes), **run, rank=world.rank, world_size=world.size)
+
+    def stream(number: int, count: int) -> StreamBatches:
+        return StreamBatches.open(
+            data.source,
+            image_size=data.image_size,
+            split=data.split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            caption_column=data.caption_column,
+            min_side=data.min_side,
+            classes=data.classes or classes,
+            shuffle_buffer=data.shuffle_buffer or SHUFFLE_BUFFER,
+            **run,
+            rank=number,
+            world_size=count,
+        )
+
+    if data.lanes is None:
+        return stream(world.rank, world.size)
+    return Lanes(stream, data.lanes, rank=world.rank, world_size=world.size)
 
 
 def open_training_data(data: DataSection, classes: Sequence[str] | None = None) -> Dataset:
@@ -62,7 +71,7 @@ def open_split(data: DataSection, split: str, classes: Sequence[str] | None = No
     )
 
 
-def open_held_out(recipe: Recipe, split: str, batches: Batches | StreamBatches) -> Dataset:
+def open_held_out(recipe: Recipe, split: str, batches: AnyBatches) -> Dataset:
     """The images that validate, their classes numbered as those of the batches.
 
     Raises VarpiError when it names its classes and the batches have bare numbers.

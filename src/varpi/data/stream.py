@@ -179,7 +179,7 @@ class StreamBatches(Counts):
         if len(saved) != self._world_size:
             raise VarpiError(
                 f"a streamed run continues only with the same number of processes: it had {len(saved)}, this is "
-                f"{self._world_size}"
+                f"{self._world_size}; a run that is begun with data.lanes goes on with any that divides them"
             )
         return saved[self._rank]
 

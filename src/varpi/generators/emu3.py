@@ -333,4 +333,29 @@ def _config(source: Pretrained) -> "Emu3Config":
     return config
 
 
-FAMILY = Family("emu3", ("emu3-gen",), generator=assemble, tokenizer=assemble_tokenizer, model_types=("emu3",))
+def shape(architecture: str, image_size: int | None) -> Emu3:
+    """The released generator, without weights; its image size is always 720."""
+    with torch.device("meta"):
+        return Emu3(_named(architecture))
+
+
+def tokenizer_shape(architecture: str, image_size: int | None) -> Emu3Tokenizer:
+    """Its image tokenizer, without weights."""
+    with torch.device("meta"):
+        return Emu3Tokenizer(_named(architecture).vq_config)  # pyright: ignore[reportArgumentType]
+
+
+def _named(architecture: str) -> "Emu3Config":
+    config: Any = config_for(architecture)
+    config.varpi_grid = GRID
+    return config
+
+
+FAMILY = Family(
+    "emu3",
+    ("emu3-gen",),
+    generator=assemble,
+    tokenizer=assemble_tokenizer,
+    model_types=("emu3",),
+    shapes={"generator": shape, "tokenizer": tokenizer_shape},
+)

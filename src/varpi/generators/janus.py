@@ -43,6 +43,7 @@ from varpi.generators.language_model import (
 )
 from varpi.runtime.pretrained import Assembled, Family, Pretrained
 from varpi.tokenizers.vq import VQ
+from varpi.tokenizers.vq_files import VQConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as TextTokenizer
@@ -330,6 +331,23 @@ def assemble_tokenizer(source: Pretrained) -> Assembled:
     return Assembled(tokenizer, weights)
 
 
+def shape(architecture: str, image_size: int | None) -> Janus:
+    """The generator of a name, without weights, for token ids; its image size is always 384."""
+    with torch.device("meta"):
+        return Janus(config_for(architecture), ids=dict.fromkeys(SPECIAL, 0))
+
+
+def tokenizer_shape(architecture: str, image_size: int | None) -> VQ:
+    """Its image tokenizer, without weights."""
+    with torch.device("meta"):
+        return VQ(VQConfig())
+
+
 FAMILY = Family(
-    "janus", tuple(SIZES), generator=assemble, tokenizer=assemble_tokenizer, model_types=("janus", "multi_modality")
+    "janus",
+    tuple(SIZES),
+    generator=assemble,
+    tokenizer=assemble_tokenizer,
+    model_types=("janus", "multi_modality"),
+    shapes={"generator": shape, "tokenizer": tokenizer_shape},
 )

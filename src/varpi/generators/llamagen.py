@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from varpi.errors import VarpiError
 from varpi.generators.generator import Generator
-from varpi.generators.llamagen_files import ARCHITECTURES, LlamaGenConfig, config_from, is_table, original_name
+from varpi.generators.llamagen_files import (
+    ARCHITECTURES,
+    LlamaGenConfig,
+    config_for,
+    config_from,
+    is_table,
+    original_name,
+)
 from varpi.runtime.pretrained import Assembled, Family, Pretrained
 from varpi.runtime.sources import few
 
@@ -435,6 +442,12 @@ def assemble(source: Pretrained) -> Assembled:
     return Assembled(generator, tensors, said, str if native else original_name)
 
 
+def shape(architecture: str, image_size: int | None) -> LlamaGen:
+    """The generator of a name, without weights, for images of VQ-16."""
+    with torch.device("meta"):
+        return LlamaGen(config_for(architecture, (image_size or 256) // 16))
+
+
 FAMILY = Family(
     "llamagen",
     ARCHITECTURES,
@@ -442,4 +455,5 @@ FAMILY = Family(
     known_by=("tok_embeddings.weight", "token_embedding.weight"),
     config=LlamaGenConfig,
     build=LlamaGen,
+    shapes={"generator": shape},
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from varpi.errors import VarpiError
 from varpi.networks.convnet import SmallConvNet
+from varpi.runtime.sizes import sizes_only
 
 NETS = ("vgg", "alex")
 
@@ -42,7 +43,8 @@ class LPIPS(nn.Module):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the package calls torchvision in a way that warns
             package = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        _load_trunk(package.net, net, weights)
+        if not sizes_only():
+            _load_trunk(package.net, net, weights)
         self.scaling_layer = package.scaling_layer
         self.trunk = package.net
         self.layer_weights = nn.ParameterList(

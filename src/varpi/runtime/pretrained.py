@@ -162,3 +162,5 @@ class Family:
     """The dataclass of its shape; None: a shape cannot be given by fields."""
     build: Callable[[Any], Stored] | None = None
     """A fresh model of such a shape."""
+    shapes: Mapping[str, Callable[[str, int | None], Stored]] = field(default_factory=dict)
+    """"generator", "tokenizer": that model of an architecture's name and an image size, on the meta device."""

@@ -63,6 +63,11 @@ def find(source: str | os.PathLike[str]) -> Path:
     )
 
 
+def is_here(source: Source) -> bool:
+    """Whether a source needs no download; its files may still be damaged."""
+    return isinstance(source, Mapping) or source in EMBEDDED or os.path.lexists(os.path.expanduser(source))
+
+
 def embedded(name: str, kind: str) -> Path:
     """Weights in the package: a pair's "generator" or "tokenizer"; of some also "perceptual", "judge" or "detector"."""
     path = Path(str(importlib.resources.files("varpi.embedded") / f"{name}-{kind}.safetensors"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from varpi.errors import VarpiError
 from varpi.runtime.files import line, open_regular, read_json
+from varpi.runtime.sizes import sizes_only, without_numbers
 from varpi.runtime.sources import Source, few, find, shards_of
 
 WRAPPERS = ("model", "module", "state_dict")
@@ -232,6 +233,10 @@ def fill(
     if any(problems.values()):
         listed = "; ".join(f"{len(found)} {what}: {few(found)}" for what, found in problems.items() if found)
         raise VarpiError(f"{where}: does not fit {said}: {listed}")
+    if sizes_only():
+        tensors.clear()
+        without_numbers(model, device, dtype)
+        return
     weights: dict[str, Tensor] = {}
     own = model.state_dict()
     for theirs, (ours, _) in expected.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from varpi.errors import VarpiError
 from varpi.runtime.pretrained import Assembled, Family, Pretrained
 from varpi.tokenizers.tokenizer import Tokenizer
-from varpi.tokenizers.vq_files import ARCHITECTURES, VQConfig, config_from
+from varpi.tokenizers.vq_files import ARCHITECTURES, VQConfig, config_for, config_from
 
 __all__ = ["FAMILY", "VQ", "VQConfig"]
 
@@ -303,6 +303,18 @@ def assemble(source: Pretrained) -> Assembled:
         return Assembled(VQ(config), source.tensors, said)
 
 
+def shape(architecture: str, image_size: int | None) -> VQ:
+    """The tokenizer of a name, without weights, for images of any size."""
+    with torch.device("meta"):
+        return VQ(config_for(architecture))
+
+
 FAMILY = Family(
-    "vq", ARCHITECTURES, tokenizer=assemble, known_by=("quantize.embedding.weight",), config=VQConfig, build=VQ
+    "vq",
+    ARCHITECTURES,
+    tokenizer=assemble,
+    known_by=("quantize.embedding.weight",),
+    config=VQConfig,
+    build=VQ,
+    shapes={"tokenizer": shape},
 )

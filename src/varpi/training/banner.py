@@ -5,16 +5,14 @@ from pathlib import Path
 import torch
 
 from varpi.data import Batches
-from varpi.data.stream import StreamBatches
+from varpi.data.opening import AnyBatches
 from varpi.methods import Method
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
 from varpi.training.preview import FOLDER
 
 
-def banner(
-    run: Path, recipe: Recipe, method: Method, batches: Batches | StreamBatches, world: World, begun: int
-) -> list[str]:
+def banner(run: Path, recipe: Recipe, method: Method, batches: AnyBatches, world: World, begun: int) -> list[str]:
     """Its lines. begun: the step that the run continues from."""
     training, data, parameters = recipe.training, recipe.data, list(method.model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
@@ -32,7 +30,7 @@ def banner(
         section = getattr(recipe, name)
         if section is not None:
             lines.append(f"{name}: {section.source or 'fresh weights'}")
-    size = "a stream" if isinstance(batches, StreamBatches) else f"{batches.size} images"
+    size = f"{batches.size} images" if isinstance(batches, Batches) else "a stream"
     kinds = "captions" if batches.num_classes is None else f"{batches.num_classes} classes"
     lines.append(f"data: {data.source}, {data.split:.60}, {size} of {data.image_size} pixels, {kinds}")
     every = f"a checkpoint every {training.save_every} steps" if training.save_every else "a checkpoint at the end"

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varpi.data import Batch, Batches
+from varpi.data import Batch
 from varpi.data.left_out import LeftOut
-from varpi.data.opening import open_batches
-from varpi.data.stream import StreamBatches
+from varpi.data.opening import AnyBatches, open_batches
 from varpi.errors import Stopped, VarpiError
 from varpi.generators import Generator
 from varpi.methods import Method, build_method, generator_of
@@ -111,10 +110,11 @@ def _train(
     if (generator := generator_of(method)) is not None:
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
-        shard(model, world)
+        shard(model, world, training.shard_over)
         if training.compile:
             compile_blocks(model, world.device)
-    optimizer = make_optimizer(method.model, recipe.optimizer)
+    share_of_model = world.rank % (training.shard_over or world.size)
+    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=share_of_model)
     average = Average(method.model, training.ema) if training.ema is not None else None
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()
@@ -133,7 +133,7 @@ def _train(
 def _loop(
     run: Path,
     trainer: "Trainer",
-    batches: Batches | StreamBatches,
+    batches: AnyBatches,
     validation: Validator | None,
     preview: Previewer | None,
     progress: Progress,
@@ -143,7 +143,7 @@ def _loop(
     """From where `progress` stands to the last step, or to a signal."""
     recipe, method, world = trainer.recipe, trainer.method, trainer.world
     training, equal_rewards = recipe.training, EqualRewards()
-    cursor = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
+    cursor: Any = batches.cursor_at(progress.step // training.updates_per_batch, progress.cursors)
     stream = batches.from_cursor(cursor)
     finished = is_over(recipe, progress)
 
@@ -186,7 +186,8 @@ def _loop(
             stopping = int(world.max(stop.signal))
             due = training.save_every is not None and progress.step % training.save_every == 0
             if due or finished or stopping:
-                progress.cursors = world.gather(cursor)
+                every = world.gather(cursor if isinstance(cursor, tuple) else (cursor,))
+                progress.cursors = [place for own in every for place in own]
                 progress.images_opened = sum(world.gather(batches.seen))
                 progress.left_out = LeftOut(*world.gather(batches.left_out.found)).found
                 save_checkpoint(run, method.model, trainer.optimizer, progress, world, training.keep, trainer.average)

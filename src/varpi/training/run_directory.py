@@ -24,6 +24,7 @@ from varpi.training.state import Progress, checkpoints, read_progress
 FREE_TO_CHANGE = {
     "data.workers",
     "data.max_bad_fraction",
+    "training.shard_over",
     "training.save_every",
     "training.keep",
     "training.max_skipped",
@@ -109,7 +110,7 @@ def check_run(run: Path, recipe: Recipe, resume: bool) -> None:
         newest = checkpoints(run)
         state = f"at {newest[0].name}" if newest else "without a checkpoint"
         raise VarpiError(f"{run} already holds a run ({state}); continue it with --resume or choose another --output")
-    before = _flatten(yaml.safe_load(parse_recipe(read_yaml(run / "recipe.yaml"), f"{run / 'recipe.yaml'}").to_yaml()))
+    before = _flatten(_complete(read_yaml(run / "recipe.yaml")))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
     free = FREE_TO_CHANGE | ({"training.steps"} if recipe.optimizer.schedule == "constant" else set())
     for key in sorted(before.keys() | now.keys()):
@@ -118,6 +119,14 @@ def check_run(run: Path, recipe: Recipe, resume: bool) -> None:
                 f"{run} is a run of another recipe: {key} is {before.get(key)!r} there and {now.get(key)!r} here; "
                 "choose another --output"
             )
+
+
+def _complete(values: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of keys that are newer than the run; as it is where it is none of this varpi's recipes."""
+    try:
+        return yaml.safe_load(parse_recipe(values).to_yaml())
+    except VarpiError:
+        return values
 
 
 def is_run(run: Path) -> bool:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from varpi.data import BadImage, Batch, Batches, Dataset, Dropped, Item
+from varpi.data import BadImage, Batch, Dataset, Dropped, Item
 from varpi.data.caption_check import CaptionCheck, checked
 from varpi.data.left_out import LeftOut
 from varpi.data.loader import collate_conditions
-from varpi.data.opening import open_held_out
-from varpi.data.stream import StreamBatches
+from varpi.data.opening import AnyBatches, open_held_out
 from varpi.errors import VarpiError
 from varpi.methods import Method, generator_of
 from varpi.recipe import Recipe
@@ -22,7 +21,7 @@ from varpi.training.state import Progress
 class Validator:
     """What a recipe's `validation` asks for; opens the held-out images, their classes numbered as in the `batches`."""
 
-    def __init__(self, recipe: Recipe, world: World, batches: Batches | StreamBatches) -> None:
+    def __init__(self, recipe: Recipe, world: World, batches: AnyBatches) -> None:
         assert recipe.validation is not None
         self.every = recipe.validation.every
         self._best_by = recipe.validation.best_by

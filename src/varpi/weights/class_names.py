@@ -7,9 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from varpi.data import Batches
 from varpi.data.classes import check_subset, wordnet_ids
-from varpi.data.stream import StreamBatches
+from varpi.data.opening import AnyBatches
 from varpi.errors import VarpiError
 from varpi.recipe import Recipe
 from varpi.runtime.files import line
@@ -60,7 +59,7 @@ def known_class_names(recipe: Recipe) -> tuple[str, ...] | None:
     return None if recipe.generator is None else stored_class_names(recipe.generator.source)
 
 
-def name_classes(generator: Any, recipe: Recipe, batches: Batches | StreamBatches) -> None:
+def name_classes(generator: Any, recipe: Recipe, batches: AnyBatches) -> None:
     """Give a class-conditional generator the names of the classes it is trained on.
 
     Raises VarpiError where the data names fewer classes than the generator knows and nothing says which they are.

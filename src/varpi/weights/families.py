@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
+
 import varpi.generators
 import varpi.tokenizers
 from varpi.errors import VarpiError
-from varpi.runtime.pretrained import Family
+from varpi.runtime.pretrained import Family, Stored, config_of
 from varpi.runtime.sources import few
 
 Part = Literal["generator", "tokenizer"]
@@ -66,6 +68,25 @@ def family_of(
         return able[0]
     hint = f"; this is a {'tokenizer' if kind == 'generator' else 'generator'}" if known else ""
     raise VarpiError(f"{where}: no {kind} that varpi knows; its tensors are {few(tensors)}{hint}")
+
+
+def shape_of(kind: Part, architecture: Any, image_size: int | None, what: str) -> Stored:
+    """A model without weights, on the meta device, by an architecture's name or the fields of a configuration.
+
+    Raises VarpiError where the name is unknown, or there is none; `what` calls the source whose weights are not here.
+    """
+    if architecture is None:
+        raise VarpiError(f"{what}: is not here; name its {kind}.architecture to reckon with its sizes")
+    family = _by_architecture(architecture, kind, [])
+    if isinstance(architecture, str):
+        return family.shapes[kind](architecture, image_size)
+    assert family.config is not None
+    assert family.build is not None
+    config = architecture
+    if isinstance(architecture, Mapping):
+        config = config_of(family.config, architecture, f"{kind}.architecture")
+    with torch.device("meta"):
+        return family.build(config)
 
 
 def family_of_fields(kind: Part) -> Family:

@@ -17,11 +17,12 @@ from varpi.errors import VarpiError
 from varpi.generators import Generator
 from varpi.runtime.memory import check_memory
 from varpi.runtime.pretrained import Pretrained, Stored, config_of
-from varpi.runtime.sources import EMBEDDED, Source, embedded
+from varpi.runtime.sizes import sizes_only, without_numbers
+from varpi.runtime.sources import EMBEDDED, Source, embedded, is_here
 from varpi.runtime.tensors import fill, read_checkpoint
 from varpi.tokenizers import Tokenizer
 from varpi.weights.class_names import read_class_names
-from varpi.weights.families import Part, family_of, family_of_fields
+from varpi.weights.families import Part, family_of, family_of_fields, shape_of
 
 FORMAT = 1
 """Version of the description inside our own files."""
@@ -53,6 +54,10 @@ def load_generator(
     Raises:
         VarpiError: the source cannot be read, its tensors contradict the architecture, or they are not complete.
     """
+    if sizes_only() and not is_here(source):
+        named = _by_name(source, "generator", architecture, image_size, device, dtype)
+        assert isinstance(named, Generator)
+        return named
     opened = _open(source, "generator")
     generator = _load(opened, "generator", architecture, image_size, device, dtype, compat or {})
     assert isinstance(generator, Generator)
@@ -81,6 +86,10 @@ def load_tokenizer(
     Raises:
         VarpiError: the source cannot be read, its tensors contradict the architecture, or they are not complete.
     """
+    if sizes_only() and not is_here(source):
+        named = _by_name(source, "tokenizer", architecture, None, device, dtype)
+        assert isinstance(named, Tokenizer)
+        return named
     tokenizer = _load(_open(source, "tokenizer"), "tokenizer", architecture, None, device, dtype, {})
     assert isinstance(tokenizer, Tokenizer)
     return tokenizer
@@ -97,8 +106,25 @@ def fresh(kind: Part, architecture: Architecture, what: str) -> Stored:
         raise VarpiError(f"{what} must list the fields of {family.config.__name__} to start afresh")
     with torch.device("meta"):
         size = sum(parameter.nbytes for parameter in family.build(architecture).parameters())
+    if sizes_only():
+        with torch.device("meta"):
+            return family.build(architecture)
     check_memory(size, f"the weights of {what}")
     return family.build(architecture)
+
+
+def _by_name(
+    source: Source,
+    kind: Part,
+    architecture: Architecture,
+    image_size: int | None,
+    device: torch.device | str,
+    dtype: torch.dtype | str,
+) -> Stored:
+    """A model of which nothing but its architecture is here."""
+    model = without_numbers(shape_of(kind, architecture, image_size, str(source)), device, dtype)
+    model.reset_tables()
+    return model.eval()
 
 
 @dataclass(frozen=True)
