@@ -209,8 +209,6 @@ class Training(Section):
     """Of the generator's forward and backward pass; master weights are always fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more transformer work."""
-    shard_over: Count | None = None
-    """Processes that share the weights among them, one node's for instance; each group holds all (HSDP). None: all."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2

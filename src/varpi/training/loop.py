@@ -93,9 +93,8 @@ def _train(recipe: Recipe, run: Path, world: World, lock: RunLock, resume: bool,
     if (generator := generator_of(method)) is not None:
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
-        shard(model, world, training.shard_over)
-    share_of_model = world.rank % (training.shard_over or world.size)
-    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=share_of_model)
+        shard(model, world)
+    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=world.rank)
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()
     if checkpoint is not None:
