@@ -214,8 +214,6 @@ class Training(Section):
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): the same curve but for rounding, after a first step of a minute
     or more."""
-    shard_over: Count | None = None
-    """Processes that share the weights among them, one node's for instance; each group holds all (HSDP). None: all."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2

@@ -14,7 +14,6 @@ import torch
 import yaml
 from cases import WHICH, caption_case, captioned
 from huggingface_hub import ModelCard
-from launch import several
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import crash, numbers, quiet, same, weights
@@ -24,7 +23,6 @@ from varpi.cli.main import main
 from varpi.errors import VarpiError
 from varpi.generators.janus import Janus
 from varpi.recipe import Recipe, load_recipe
-from varpi.training.sharding import _frozen_parts
 from varpi.weights import export_original, load_generator, load_tokenizer
 
 CAPTIONS = ("a red cat", "the blue moon", "a small dog under the moon", "a sleeping cat on a dog")
@@ -224,26 +222,3 @@ def _saved(tensors: dict[str, torch.Tensor], place: Path, folder: Path) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_bytes((place / "model" / "config.json").read_bytes())
     return folder
-
-
-def test_the_half_that_understands_is_sharded_by_itself() -> None:
-    """So that it is never gathered: only what trains comes with the whole model."""
-    model = Janus(hf.janus_config())
-    names = {id(module): name for name, module in model.named_modules()}
-    apart = {names[id(module)] for module in _frozen_parts(model)}
-    assert apart == {"hf.model.vision_model", "hf.model.aligner", "hf.model.vqmodel", "hf.lm_head"}
-    tied = Janus(hf.janus_config(tie_word_embeddings=True))
-    names = {id(module): name for name, module in tied.named_modules()}
-    assert "hf.lm_head" not in {names[id(module)] for module in _frozen_parts(tied)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), ("lora.rank=4",)], ids=["all", "lora"])
-def test_two_processes_train_as_one(place: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
-    given = [*settings, "training.micro_batch=1", "optimizer.eps=1e-3"]
-    one = quiet(recipe(place, *given), tmp_path / "one")
-    command = ["train", place / "recipe.yaml", "--output", tmp_path / "two"]
-    several(2, [*command, *(part for setting in given for part in ("--set", setting))])
-    for row, other in zip(numbers(tmp_path / "two"), numbers(one), strict=True):
-        for name in ("loss", "reward_mean", "cross_entropy"):
-            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (row["step"], name)

@@ -110,11 +110,10 @@ def _train(
     if (generator := generator_of(method)) is not None:
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
-        shard(model, world, training.shard_over)
+        shard(model, world)
         if training.compile:
             compile_blocks(model, world.device)
-    share_of_model = world.rank % (training.shard_over or world.size)
-    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=share_of_model)
+    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=world.rank)
     average = Average(method.model, training.ema) if training.ema is not None else None
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()

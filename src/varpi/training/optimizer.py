@@ -16,8 +16,8 @@ class AdamW16(torch.optim.Optimizer):
 
     Everything is computed in float32, and what is kept of it rounded up or down at random, by how near it is. Rounded
     to the nearest, the second moment would stand still: a step changes it by a thousandth (1 - β2), bfloat16 tells
-    apart no less than 1 in 256. The draws are keyed by seed, step, parameter and share of the model, so that a resume
-    goes on with them.
+    apart no less than 1 in 256. The draws are keyed by seed, step, parameter and process, so that a resume goes on
+    with them.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ def make_optimizer(model: nn.Module, settings: Optimizer, *, seed: int = 0, rank
     So does the released code for LlamaGen (by the names of its norms; LlamaGen has no biases). Its Janus trainer decays
     everything instead, norms and biases included: that is not reproduced.
 
-    seed, rank: of the run, and of this process among those that share the model, for what `state_precision: bf16`
-        draws.
+    seed, rank: of the run and of this process, for what `state_precision: bf16` draws.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

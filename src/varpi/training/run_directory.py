@@ -24,7 +24,6 @@ from varpi.training.state import Progress, checkpoints, read_progress
 FREE_TO_CHANGE = {
     "data.workers",
     "data.max_bad_fraction",
-    "training.shard_over",
     "training.save_every",
     "training.keep",
     "training.max_skipped",
