@@ -120,7 +120,13 @@ def measure(folder: Path, name: str, settings: list[str], device: str) -> dict[s
 def _warm_up(folder: Path) -> Recipe:
     """A run that takes next to nothing itself, and loads what any run takes: libraries and their state."""
     generator = LlamaGenConfig(dim=32, n_layer=1, n_head=2, vocab_size=32, grid=2, num_classes=10, ffn_dim=32)
-    sizes = {"downsample": 16, "channels": 8, "latent_channels": 8, "codebook_size": 32, "codebook_dim": 4}
+    sizes: dict[str, Any] = {
+        "downsample": 16,
+        "channels": 8,
+        "latent_channels": 8,
+        "codebook_size": 32,
+        "codebook_dim": 4,
+    }
     tokenizer = VQConfig(**sizes, norm_groups=4, encoder_blocks=1, decoder_blocks=1)
     save_generator(random_generator(generator, "cpu"), folder / "small-generator.safetensors")
     save_tokenizer(VQ(tokenizer), folder / "small-tokenizer.safetensors")

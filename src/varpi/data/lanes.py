@@ -6,6 +6,7 @@ process has as many neighbouring lanes as the others; its cursor is those of its
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ class Lanes:
 def _joined(batches: Sequence[Batch]) -> Batch:
     conditions = [batch.condition for batch in batches]
     tensors = [condition for condition in conditions if isinstance(condition, torch.Tensor)]
-    listed = [entry for condition in conditions if isinstance(condition, list) for entry in condition]
+    listed: Any = [entry for condition in conditions if isinstance(condition, list) for entry in condition]
     return Batch(
         images=torch.cat([batch.images for batch in batches]),
         condition=torch.cat(tensors) if tensors else listed,

@@ -131,7 +131,7 @@ class Attention(nn.Module):
             cache.keys[:, :, start:end] = k
             cache.values[:, :, start:end] = v
             if length == 1 and q.dtype == cache.keys.dtype == torch.bfloat16 and q.device.type == "cpu":
-                x = attend_once(q, cache.keys, cache.values, end, mask)
+                x = attend_once(q, cache.keys, cache.values, int(end), mask)
                 return self.out(x.transpose(1, 2).reshape(batch, length, dim))
             k, v = cache.keys[:, :, :end], cache.values[:, :, :end]
         x = attend(q, k.type_as(q), v.type_as(q), mask)

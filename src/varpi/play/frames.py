@@ -6,7 +6,7 @@ Shapes: B images of H x W pixels.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def draw_frames(players: Sequence[Player], condition: Any, sampling: Sampling) -
     grid = players[-1].pair.generator.grid
     with ExitStack() as stack:
         each = [
-            stack.enter_context(closing(generate_rows(player.pair.generator, condition, sampling)))
+            stack.enter_context(closing(cast("Any", generate_rows(player.pair.generator, condition, sampling))))
             for player in players
         ]
         drawing = decoding = 0.0

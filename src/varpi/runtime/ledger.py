@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ def enter(modules: Iterable[nn.Module]) -> None:
     """Within a ledger, give modules of the meta device weights there, in place; shared ones stay shared."""
     made: dict[int, Tensor] = {}
     for part in dict.fromkeys(part for module in modules for part in module.modules()):
-        for tensors in (part._parameters, part._buffers):
+        for tensors in cast("list[dict[str, Any]]", [part._parameters, part._buffers]):
             for name, old in tensors.items():
                 if old is None:
                     continue

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from varpi import objective
-from varpi.data import BadImage, Batches, Dropped
+from varpi.data import BadImage, Dropped
 from varpi.data.caption_check import checked
-from varpi.data.opening import open_held_out
+from varpi.data.opening import AnyBatches, open_held_out
 from varpi.data.pixels import to_uint8
-from varpi.data.stream import StreamBatches
 from varpi.errors import VarpiError
 from varpi.methods import Method, generator_of
 from varpi.recipe import Recipe
@@ -36,7 +35,7 @@ AT_ONCE = 8
 class Previewer:
     """What a recipe's `preview` asks for; opens its images, their classes numbered as in the `batches`."""
 
-    def __init__(self, recipe: Recipe, world: World, batches: Batches | StreamBatches) -> None:
+    def __init__(self, recipe: Recipe, world: World, batches: AnyBatches) -> None:
         assert recipe.preview is not None
         self.every = recipe.preview.every
         self._settings = recipe.preview
