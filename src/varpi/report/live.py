@@ -19,13 +19,13 @@ from varpi.report.curves import curve_panels
 from varpi.runtime.files import line, write_text
 from varpi.training import read_metrics
 from varpi.training.logging import duration
-from varpi.training.preview import FOLDER
+from varpi.training.preview import PREVIEWS
 
 SECONDS = 20
 """Between two looks of the page at its file."""
 NEWEST = 2
 """Previews that are shown beside the first."""
-WIDEST = 1600
+_WIDEST = 1600
 """Pixels of a picture."""
 
 
@@ -88,7 +88,7 @@ def _numbers(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 def _previews(run: Path, recipe: Recipe) -> list[dict[str, Any]]:
     """The first preview and the newest, each as the page shows it."""
-    found = sorted((run / FOLDER).glob("step-*.png"))
+    found = sorted((run / PREVIEWS).glob("step-*.png"))
     shown = found if len(found) <= NEWEST + 1 else [found[0], *found[-NEWEST:]]
     small = recipe.data.image_size <= 64
     return [
@@ -100,7 +100,7 @@ def _previews(run: Path, recipe: Recipe) -> list[dict[str, Any]]:
 def _embedded(path: Path) -> Markup:
     with Image.open(path) as picture:
         picture = picture.convert("RGB")
-        picture.thumbnail((WIDEST, 4 * WIDEST), Image.Resampling.LANCZOS)
+        picture.thumbnail((_WIDEST, 4 * _WIDEST), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         picture.save(file, "webp", quality=90)
     return Markup("data:image/webp;base64,") + base64.b64encode(file.getvalue()).decode("ascii")

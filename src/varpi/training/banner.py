@@ -9,7 +9,7 @@ from varpi.data.opening import AnyBatches
 from varpi.methods import Method
 from varpi.recipe import Recipe
 from varpi.runtime.processes import World
-from varpi.training.preview import FOLDER
+from varpi.training.preview import PREVIEWS
 
 
 def banner(run: Path, recipe: Recipe, method: Method, batches: AnyBatches, world: World, begun: int) -> list[str]:
@@ -36,7 +36,7 @@ def banner(run: Path, recipe: Recipe, method: Method, batches: AnyBatches, world
     every = f"a checkpoint every {training.save_every} steps" if training.save_every else "a checkpoint at the end"
     lines.append(f"writes {run}: {every}, metrics.jsonl, model.safetensors")
     if recipe.preview is not None:
-        lines.append(f"shows {recipe.preview.images} images every {recipe.preview.every} steps: {run / FOLDER}")
+        lines.append(f"shows {recipe.preview.images} images every {recipe.preview.every} steps: {run / PREVIEWS}")
     return [*lines, f"resuming from step {begun}"] if begun else lines
 
 

@@ -27,8 +27,8 @@ from varpi.sampling.settings import Sampling
 from varpi.training.logging import Logger, Metrics, Silence
 from varpi.training.validation import as_batch, caption_check
 
-FOLDER = "previews"
-AT_ONCE = 8
+PREVIEWS = "previews"
+_AT_ONCE = 8
 """Images decoded at once."""
 
 
@@ -60,7 +60,7 @@ class Previewer:
         method.stages.take()
         if self._world.is_main:
             picture = make_grid(np.concatenate(rows), len(rows[0]))
-            save_png(run / FOLDER / f"step-{step:08d}.png", picture)
+            save_png(run / PREVIEWS / f"step-{step:08d}.png", picture)
             logger.picture(step, "preview", picture)
         return numbers
 
@@ -98,4 +98,4 @@ class Previewer:
 
 
 def _decode(tokenizer: Any, tokens: Tensor) -> Tensor:
-    return torch.cat([tokenizer.decode(part) for part in tokens.split(AT_ONCE)])
+    return torch.cat([tokenizer.decode(part) for part in tokens.split(_AT_ONCE)])
