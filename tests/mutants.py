@@ -528,8 +528,8 @@ MUTANTS = [
     Mutant(
         "the limit of pixels is ignored",
         "data/images.py",
-        "width * height > MAX_PIXELS",
-        "width * height > MAX_PIXELS**2",
+        "width * height > max_pixels",
+        "width * height > max_pixels**2",
         "data/test_decoding.py -k pixels",
     ),
     # -- captions
@@ -828,15 +828,15 @@ MUTANTS = [
     Mutant(
         "betas are ignored",
         "training/optimizer.py",
-        "        betas=settings.betas,\n",
+        ', "betas": settings.betas',
         "",
         "training/test_optimizer.py",
     ),
     Mutant(
         "the optimizer's epsilon is ignored",
         "training/optimizer.py",
-        "        eps=settings.eps,\n",
-        "",
+        ', "eps": settings.eps}',
+        "}",
         "training/test_optimizer.py",
     ),
     Mutant(
@@ -849,8 +849,8 @@ MUTANTS = [
     Mutant(
         "norms are decayed",
         "training/optimizer.py",
-        '"weight_decay": 0.0',
-        '"weight_decay": settings.weight_decay',
+        '"weight_decay": 0.0},',
+        '"weight_decay": settings.weight_decay},',
         "training/test_optimizer.py",
     ),
     Mutant(
@@ -976,8 +976,8 @@ MUTANTS = [
     Mutant(
         "settings are chosen on the test split",
         "studies/study.py",
-        'weights, choice.split)["metrics"]',
-        'weights, self.study.protocol.split)["metrics"]',
+        'choice.sampling_seed, choice.split)["metrics"]',
+        'choice.sampling_seed, self.study.protocol.split)["metrics"]',
         "studies/test_study.py -k chosen_is_chosen",
     ),
     Mutant(
