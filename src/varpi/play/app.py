@@ -14,6 +14,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
+from gradio.themes import Default
+from gradio.themes.utils import colors
 from markupsafe import Markup
 
 from varpi.errors import VarpiError
@@ -33,8 +35,8 @@ LARGEST_SEED = 2**53 - 1
 """A browser's numbers are exact up to it."""
 FORGOTTEN = 3600
 """Seconds after which a picture is forgotten, if its page is not closed before."""
-THEME = gr.themes.Default(
-    primary_hue=gr.themes.colors.teal,
+THEME = Default(
+    primary_hue=colors.teal,
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Liberation Sans", "sans-serif"],
     font_mono=["ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace"],
 )
@@ -126,7 +128,7 @@ def _picturing(playground: Playground) -> None:
             shown = gr.HTML("", elem_classes="shown", elem_id="step-shown")
     held = gr.State(None, time_to_live=FORGOTTEN)
 
-    def take_in(path: str | None) -> tuple[None, Any, Markup]:
+    def take_in(path: str | None) -> tuple[None, Any, Any]:
         if path is None:
             return None, gr.skip(), gr.skip()
         place = Path(path)
