@@ -206,6 +206,14 @@ def test_the_settings_of_fewer_variants_or_seeds_are_those_of_all(tmp_path: Path
     values = row_of(whole, "again")["metrics"]["digits"]["frechet_distance"]["values"]
     assert row_of(part, "again")["metrics"]["digits"]["frechet_distance"]["values"] == {"1": values["1"]}
     assert part["winners"]["without_guidance"]["digits"] == {}  # one training seed has no spread
+    carry_out_study(
+        read(tmp_path).only(["cooler"]),
+        "pair.yaml",
+        tmp_path / "untrained",
+        jobs=1,
+        device="cpu",
+        command="varpi study",
+    )  # though what the study sets is for trainings
     with pytest.raises(VarpiError, match="--seeds 7: is none of the study's training seeds, 0, 1"):
         carry(tmp_path, seeds=[7])
     with pytest.raises(VarpiError, match="--only gone: there is no such variant, only cooler, next_token, again"):

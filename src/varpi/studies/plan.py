@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from varpi.errors import VarpiError
 from varpi.recipe import (
@@ -208,6 +208,8 @@ class Study(Section):
     compare_with: str | None = None
     """The trained variant that the others are compared with, seed by seed, beside the start."""
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
+    _part: bool = PrivateAttr(default=False)
+    """Whether variants were left out, which `set` may be for."""
 
     @field_validator("set", mode="after")
     @classmethod
@@ -282,7 +284,9 @@ class Study(Section):
                 rest.append(after)
         variants = {name: variant for name, variant in self.variants.items() if name in kept}
         compare_with = self.compare_with if self.compare_with in kept else None
-        return self.model_copy(update={"variants": variants, "compare_with": compare_with})
+        part = self.model_copy(update={"variants": variants, "compare_with": compare_with})
+        part._part = True
+        return part
 
     def recipes(self, where: str) -> dict[str, list[Recipe]]:
         """The recipes of the trained variants, checked: one for each trial, without its seed and its start.
@@ -321,7 +325,7 @@ class Study(Section):
                 for key, value in changes.items():
                     _put(values, key, value)
                 found[name].append(parse_recipe(values, what))
-        if missing := [key for key in self.set if key not in used]:
+        if not self._part and (missing := [key for key in self.set if key not in used]):
             raise VarpiError(f"{where}: set.{missing[0]}: no recipe of this study has that key")
         self._check_differences(found, where)
         return found
