@@ -201,7 +201,7 @@ def test_a_page_of_a_comparison(samples: Path, tmp_path: Path, capsys: pytest.Ca
     assert "These rows differ in more than the model" in page
     assert "guidance scale" in page
     assert "Changes by class" in page
-    assert page.count("generated images, one class a column") == 2
+    assert page.count("generated images, one class a column") == 4
     assert "t-SNE" in page
 
     capsys.readouterr()

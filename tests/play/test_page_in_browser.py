@@ -98,11 +98,11 @@ def button(text: str) -> str:
 
 
 def field(label: str) -> str:
-    """The visible field of a label."""
+    """The visible field of a label: of the blocks around both, the innermost one's."""
     return (
         "[...document.querySelectorAll('label, .block')].filter(e => e.offsetParent && "
         f"[...e.querySelectorAll('span')].some(s => s.innerText.trim() === {json.dumps(label)}))"
-        ".map(e => e.querySelector('input, textarea')).find(e => e)"
+        ".map(e => e.querySelector('input, textarea')).filter(e => e).pop()"
     )
 
 
@@ -249,7 +249,7 @@ def test_a_full_queue_is_said(
         pages[0].wait(f"{STATUS}.startsWith('Row 1')")
         for page in pages[1:]:
             generate(page)
-        pages[2].wait("document.body.innerText.includes('Queue is full')")
+        pages[2].wait("document.body.innerText.includes('currently busy')")
         pages[1].wait(DONE)
         for page in pages:
             page.close()
@@ -258,8 +258,22 @@ def test_a_full_queue_is_said(
 # -- one's own picture
 
 
+def open_tab(page: Page, name: str) -> None:
+    """Click until the page, which may still be coming to life, has understood."""
+    tab = (
+        f"[...document.querySelectorAll('button[role=tab]')].find(e => e.innerText.includes({json.dumps(name)}) && "
+        "e.offsetParent && getComputedStyle(e).visibility === 'visible')"
+    )
+    for _ in range(40):
+        page.click(tab)
+        if page.see(f"{tab}.getAttribute('aria-selected')") == "true":
+            return
+        time.sleep(0.25)
+    raise AssertionError(f"the tab {name!r} does not open")
+
+
 def give(page: Page, file: Path) -> None:
-    page.click("[...document.querySelectorAll('button[role=tab]')].find(e => e.innerText.includes('Your picture'))")
+    open_tab(page, "Your picture")
     page.wait("document.querySelector('#upload input[type=file]')")
     page.upload("#upload input[type=file]", file)
 
@@ -341,7 +355,7 @@ def test_a_file_of_too_many_bytes_is_refused(browser: Browser, served: tuple[str
 @pytest.mark.parametrize("width", WIDTHS)
 def test_studies_are_shown_as_their_own_page(browser: Browser, url: str, studies: Path, width: int) -> None:
     page = browser.visit(url, width)
-    page.click("[...document.querySelectorAll('button[role=tab]')].find(e => e.innerText.includes('Studies'))")
+    open_tab(page, "Studies")
     page.wait("document.querySelector('#study-shown').innerText.includes('not what `varpi study` writes')")
     choose(page, "document.querySelector('#study input')", "digits")
     page.wait("document.querySelector('iframe.study')")

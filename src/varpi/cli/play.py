@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
     def open_named(source: str, tokenizer: Any) -> Any:
         named = {"generator": source, "tokenizer": options.tokenizer or tokenizer}
-        return asked_pair(argparse.Namespace(**{**vars(options), **named}))
+        return asked_pair(argparse.Namespace(**{**vars(options), **named, "dtype": "float32"}))
 
     check_extra()
     signal.signal(signal.SIGTERM, _stop)  # else it would end before what visitors left is cleared away
