@@ -78,8 +78,11 @@ UNDERSTOOD = {
     "torchrun --nproc-per-node 8 -m varpi sample runs/xxl --per-class 50 --output samples --resize 256",
     "varpi train janus-pro-1b --output runs/janus",
     'varpi sample runs/janus --prompt "a red bicycle on a beach" --guidance-scale 5 --output images',
-    "varpi train shapes-tokenizer",
-    "varpi train shapes-generator",
+    "varpi train llamagen-c2i-xxl --dry-run",
+    "varpi train llamagen-c2i-xxl --dry-run --device-memory 40",
+    "varpi play",
+    "varpi play runs/xxl",
+    "varpi study shapes-table3",
     "varpi train shapes",
     "varpi evaluate runs/shapes --kind geneval --captions shapes --limit 600 --guidance-scale 2 --detector shapes",
     "varpi evaluate samples --kind text",
@@ -91,7 +94,8 @@ UNDERSTOOD = {
     "varpi study cifar10-table2 --set data.source=FOLDER --set data.image_column=image",
     "varpi study digits",
 }
-"""Commands that need eight GPUs, hours, or files from elsewhere: their flags, recipes and studies are read, no more."""
+"""Commands that need eight GPUs, hours, or files from elsewhere, or serve until stopped: their flags, recipes and
+studies are read, no more."""
 
 
 def blocks(page: Path) -> Iterator[str]:

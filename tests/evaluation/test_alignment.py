@@ -35,6 +35,7 @@ class Markov(nn.Module):
     vocab_size, grid, num_tokens, num_classes, gradient_checkpointing = CODES, 2, TOKENS, 3, False
     class_names = None
     caption_check: Any = None
+    blocks = ()
 
     def __init__(self, first: Tensor, following: Tensor) -> None:
         super().__init__()

@@ -128,9 +128,9 @@ def test_the_judge_of_photographs_carries_its_recipe():
     with safe_open(embedded("cifar10", "judge"), "pt") as file:
         made_by = yaml.safe_load(file.metadata()["recipe"])
     shipped = load_recipe("cifar10-judge").model_dump(mode="json")
-    assert {key: made_by[key] for key in ("method", "optimizer", "seed")} == {
-        key: shipped[key] for key in ("method", "optimizer", "seed")
-    }
+    assert made_by["seed"] == shipped["seed"]
+    for key in ("method", "optimizer"):
+        assert made_by[key].items() <= shipped[key].items(), key  # which may have newer keys
     assert made_by["data"]["split"].replace(" ", "") == shipped["data"]["split"].replace(" ", "")
     assert made_by["training"]["steps"] == shipped["training"]["steps"]
 

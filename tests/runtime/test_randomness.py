@@ -56,6 +56,8 @@ def test_the_table_of_streams():
         "REPORT_SAMPLES": 7,
         "NEGATIVE_CLASS": 8,
         "SHIFT": 9,
+        "VALIDATION": 10,
+        "PREVIEW": 11,
         "GENERATION": 0x5A3B,
         "SCENES": 0x5CE7,
         "ALIGNMENT_ORDER": 0xA110,

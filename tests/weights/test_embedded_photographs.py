@@ -28,8 +28,8 @@ def test_the_generator_of_photographs_carries_its_recipe() -> None:
     for recipe in (made_by, shipped):
         for part in ("data", "validation"):
             recipe[part]["split"] = recipe[part]["split"].replace(" ", "")
-    assert {key: made_by[key] for key in ("method", "data", "optimizer", "validation", "seed")} == {
-        key: shipped[key] for key in ("method", "data", "optimizer", "validation", "seed")
-    }
+    assert made_by["seed"] == shipped["seed"]
+    for key in ("method", "data", "optimizer", "validation"):
+        assert made_by[key].items() <= shipped[key].items(), key  # which may have newer keys
     assert made_by["training"]["steps"] == int(metadata["step"]) == shipped["training"]["steps"]
     assert len(metadata["trained_sha256"]) == 64

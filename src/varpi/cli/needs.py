@@ -94,7 +94,7 @@ def _extras(recipe: Recipe) -> Iterator[Need]:
     rewards = getattr(recipe.method, "rewards", None)
     wanted = {
         ("text", "transformers"): generator is not None
-        and (generator.text_encoder is not None or "janus" in named or "emu3" in named),
+        and (generator.text_encoder is not None or any(family in named for family in ("janus", "emu"))),
         ("evaluation", "open_clip"): bool(getattr(rewards, "hps", None) or getattr(rewards, "clip", None)),
         ("lora", "peft"): recipe.lora is not None,
         ("tensorboard", "tensorboard"): recipe.logging.tensorboard,

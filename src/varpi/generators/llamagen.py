@@ -332,8 +332,11 @@ class LlamaGen(Generator):
             self.condition_tokens + self.num_tokens,
             self.config.dim // self.config.n_head,
         )
-        keys, values = ([weight.new_zeros(shape) for _ in self.blocks] for _ in range(2))
-        return Cache([LayerCache(*layer) for layer in zip(keys, values, strict=True)], static)
+
+        def room() -> Tensor:  # of its own, also where the weight is a part of a sharded one
+            return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+
+        return Cache([LayerCache(room(), room()) for _ in self.blocks], static)
 
     def prefill(self, condition: Any, cache: Cache) -> Tensor:
         """Float32 logits (B,V) of image token 0; the cache then holds the L condition positions."""

@@ -113,7 +113,7 @@ def generate_with(
                     chosen = _draws(generator, sampling, range(number, number + size))
                 else:
                     chosen = draws[start : start + size]
-                canvas = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=generator.device)
+                canvas = torch.empty(size, generator.num_tokens, dtype=torch.int64, device=_device(generator))
                 with packed_linears(generator, _rows(size, sampling)):
                     for _ in _fill(canvas, generator, part, sampling, chosen, graph=graph):
                         bar.advance(task, size)
@@ -134,11 +134,15 @@ def generate_rows(generator: Generator, condition: Any, sampling: Sampling) -> I
         raise VarpiError("generate_rows: needs a generator in eval mode and a seed")
     condition = generator.prepare_condition(condition)
     draws = _draws(generator, sampling, range(len(condition)))
-    tokens = torch.empty(draws.shape, dtype=torch.int64, device=generator.device)
+    tokens = torch.empty(draws.shape, dtype=torch.int64, device=_device(generator))
     with packed_linears(generator, _rows(len(draws), sampling)):
         for drawn in _fill(tokens, generator, condition, sampling, draws):
             if drawn % generator.grid == 0:
                 yield tokens[:, :drawn].clone()
+
+
+def _device(generator: Generator) -> torch.device:
+    return next(iter(generator.parameters())).device
 
 
 def _rows(size: int, sampling: Sampling) -> int:
