@@ -21,6 +21,11 @@ from varpi.tokenizers.vq_files import ARCHITECTURES, VQConfig, config_for, confi
 __all__ = ["FAMILY", "VQ", "VQConfig"]
 
 
+def _silu(x: Tensor) -> Tensor:
+    """Of a norm's result, which nothing else reads: in its place where no gradient needs it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, cin: int, cout: int, groups: int) -> None:
         super().__init__()
@@ -32,8 +37,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -162,7 +167,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for layer in (*self.conv_blocks, *self.mid):
             x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -190,7 +195,7 @@ class Decoder(nn.Module):
         x = self.conv_in(x)
         for layer in (*self.mid, *self.conv_blocks):
             x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_silu(self.norm_out(x)))
 
 
 class Codebook(nn.Module):
