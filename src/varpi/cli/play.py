@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
         with open_server(playground, [Path(place) for place in options.studies], listening) as server:
             say(f"{address(listening)} (Ctrl-C stops)")
             server.run(sockets=[listening])
+            raise KeyboardInterrupt  # nothing else ends it; asyncio may keep the interrupt to itself
 
 
 def _stop(number: int, _: Any) -> NoReturn:
