@@ -95,8 +95,10 @@ def test_shipped_recipes_of_all_kinds(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_xxl_recipe_is_the_reckoning_of_the_docs() -> None:
-    """docs/gpu_queue.md counts 1377.6 TFLOP by hand."""
-    assert reckon(load_recipe("llamagen-c2i-xxl")).tflop == pytest.approx(1377.6, rel=2e-3)
+    """docs/gpu_queue.md counts 1377.6 TFLOP by hand, with up-sampling apart from its convolution: bf16 folds it in."""
+    recipe = load_recipe("llamagen-c2i-xxl", ["method.reward.precision=fp32"])
+    assert reckon(recipe).tflop == pytest.approx(1377.6, rel=2e-3)
+    assert reckon(load_recipe("llamagen-c2i-xxl")).tflop < 1340
 
 
 @pytest.mark.slow
@@ -104,7 +106,7 @@ def test_janus_by_its_name() -> None:
     pytest.importorskip("transformers")
     names = [f"{part}.{key}" for part in ("generator", "tokenizer") for key in ("architecture=janus-pro-1b",)]
     found = reckon(load_recipe("janus-pro-1b", [*names, "lora.rank=4"]))
-    assert found.standing["frozen weights"] == pytest.approx(4.1 * 2**30 / 2 * 1.0, rel=0.1)  # 2 bytes each
+    assert found.standing["frozen weights"] == pytest.approx(4.1 * 2**30, rel=0.1)  # docs/gpu_queue.md; 2 bytes each
 
 
 def test_what_cannot_be_reckoned_says_so(pair: Path) -> None:
