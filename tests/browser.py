@@ -24,8 +24,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
-    "--remote-debugging-pipe",
 ]
+"""Of every Chromium that a test starts."""
 
 
 class Browser:
@@ -37,7 +37,16 @@ class Browser:
         # Commands come in at descriptor 3 and answers go out at 4; the shell puts them there, out of the way of others.
         high = [fcntl.fcntl(number, fcntl.F_DUPFD, 20) for number in (theirs_in, theirs_out)]
         shell = 'exec "$0" "$@" 3<&{} 4>&{}'.format(*high)
-        command = ["bash", "-c", shell, program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        command = [
+            "bash",
+            "-c",
+            shell,
+            program,
+            *FLAGS,
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(command, pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for number in (theirs_in, theirs_out, *high):
             os.close(number)

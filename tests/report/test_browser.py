@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import FLAGS
 from PIL import Image
 from report_parts import full_report
 
@@ -18,17 +19,6 @@ from varpi.report import render
 
 Run = Callable[..., tuple[str, list[str]]]
 WIDTHS = {"desk": 1100, "phone": 390}
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-]
 
 # Runs inside a copy of the page, in a frame of the width in question, and tells the page around it what it sees.
 PROBE = """
@@ -75,7 +65,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Run:
     profile = tmp_path_factory.mktemp("profile")
 
     def run(*arguments: str) -> tuple[str, list[str]]:
-        command = [found, *FLAGS, f"--user-data-dir={profile}", *arguments]
+        command = [found, *FLAGS, "--enable-logging=stderr", f"--user-data-dir={profile}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -10,7 +10,7 @@ from varpi.recipe import load_recipe
 from varpi.runtime.sources import embedded
 from varpi.sampling.settings import Sampling
 from varpi.studies.plan import START, Judge, StudyData
-from varpi.studies.tasks import TOKENS, Subject, Weights, draw_tokens, measure_prompts
+from varpi.studies.tasks import TOKENS, Subject, Weights, draw_tokens, measure_tokens
 
 
 def test_the_pair_of_shapes_draws_what_it_is_asked_for(tmp_path: Path) -> None:
@@ -20,9 +20,7 @@ def test_the_pair_of_shapes_draws_what_it_is_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / TOKENS).is_file()
     assert [len(tokens) for tokens in drawn["shown"]] == [64, 64]
     judge = Judge(name="shapes-detector")
-    seen = measure_prompts(
-        tmp_path, tmp_path, weights, subject, judge, ["overall", *GENEVAL_TASKS], 60, tmp_path, "cpu"
-    )
+    seen = measure_tokens(tmp_path, tmp_path, weights, subject, judge, ["overall", *GENEVAL_TASKS], 60, tmp_path, "cpu")
     assert seen["metrics"]["single_object"] >= 0.8
     assert seen["metrics"]["overall"] >= 0.3
 

@@ -78,6 +78,17 @@ def _source(what: str, source: str) -> Need:
     return Need(what, False, f"{source} is not in the Hub's cache: hf download {match['repo']}")
 
 
+def _is_of_transformers(source: str | None) -> bool:
+    """Whether a generator's source is a directory of transformers, here or on the Hub: neither weights nor a run."""
+    if source is None or source in EMBEDDED:
+        return False
+    path = Path(source).expanduser()
+    if path.exists():
+        return (path / "config.json").is_file()
+    match = hub.ID.fullmatch(source)
+    return match is not None and not (match["file"] or source).endswith(ENDINGS) and path.parent != Path("runs")
+
+
 def _is_cached(repo: str, revision: str | None) -> bool:
     import huggingface_hub
 
@@ -90,11 +101,10 @@ def _is_cached(repo: str, revision: str | None) -> bool:
 
 def _extras(recipe: Recipe) -> Iterator[Need]:
     generator = recipe.generator
-    named = "" if generator is None else f"{generator.source} {generator.architecture}".lower()
     rewards = getattr(recipe.method, "rewards", None)
     wanted = {
         ("text", "transformers"): generator is not None
-        and (generator.text_encoder is not None or any(family in named for family in ("janus", "emu"))),
+        and (generator.text_encoder is not None or _is_of_transformers(generator.source)),
         ("evaluation", "open_clip"): bool(getattr(rewards, "hps", None) or getattr(rewards, "clip", None)),
         ("lora", "peft"): recipe.lora is not None,
         ("tensorboard", "tensorboard"): recipe.logging.tensorboard,

@@ -188,8 +188,7 @@ class VaPi(GeneratorMethod):
         draws = uniforms(
             self.seed, 0, batch.indices, (targets.shape[1], 3), stream=Stream.VALIDATION, device=self.device
         )
-        first, last = self.settings.context_noise, self.settings.context_noise_end
-        if (rate := first if last is None else last) > 0:  # where it changes, that of the end
+        if (rate := self._context_noise(self.batches - 1)) > 0:  # where it changes, that of the end
             context = self._noisy(targets, batch.condition, draws[..., :2], rate)
         samples = objective.sample_tokens(
             self._logits_in_eval(context, batch.condition), 1, uniforms=draws[:, None, :, 2]

@@ -47,7 +47,6 @@ from varpi.studies.tasks import (
     draw_tokens,
     identify_judge,
     look_at_pair,
-    measure_prompts,
     measure_tokens,
     see_reference,
     see_scenes,
@@ -440,12 +439,11 @@ class _Bench:
             "device": self.device,
             **self.judges[judge.key],
         }
-        measure = measure_prompts if judge.name == SHAPES_DETECTOR else measure_tokens
         place = self.output / "jobs" / draw.name
         rest = protocol.metrics, protocol.batch_size, self._cache, self.device
         arguments = (place, weights, self._asked(split), judge, *rest)
         needs = {place / TOKENS: draw, **self._needs(weights)}
-        return self.work(Job(name, measure, arguments, inputs, needs=needs))
+        return self.work(Job(name, measure_tokens, arguments, inputs, needs=needs))
 
     def _reference(self, judge: Judge, split: str) -> dict[str, Any]:
         data, count = self.study.data, self.study.protocol.samples

@@ -206,8 +206,39 @@ def measure_tokens(
     cache: Path,
     device: str,
 ) -> dict[str, Any]:
-    """What a judge sees in drawn tokens beside a split: the metrics that it has streams for, and warnings."""
+    """What a judge sees in drawn tokens beside a split: the metrics that it has streams for, and warnings.
+
+    Of images of captions, by the detector of shapes: the share of them, by task, that show what was asked for.
+    """
     begun = time.perf_counter()
+    if judge.name == SHAPES_DETECTOR:
+        numbers, warnings = _see_captions(drawn, weights, asked, judge, batch_size, device), []
+    else:
+        numbers, warnings = _see_classes(drawn, weights, asked, judge, metrics, batch_size, cache, device)
+    ordered = {name: numbers[name] for name in metrics if name in numbers}
+    if not ordered:
+        raise VarpiError(f"{judge.name} has nothing to compute {', '.join(metrics)} from")
+    return {"metrics": ordered, "warnings": warnings, "seconds": round(time.perf_counter() - begun, 2)}
+
+
+def _see_captions(
+    drawn: Path, weights: Weights, asked: Subject, judge: Judge, batch_size: int, device: str
+) -> dict[str, float]:
+    tokens, tokenizer = load_file(drawn / TOKENS)["tokens"], _pair(weights, device).tokenizer
+    images = (image for part in tokens.split(batch_size) for image in decoded(tokenizer, part))
+    return _geneval(images, _scenes(asked.data, asked.split), judge, device)
+
+
+def _see_classes(
+    drawn: Path,
+    weights: Weights,
+    asked: Subject,
+    judge: Judge,
+    metrics: Sequence[str],
+    batch_size: int,
+    cache: Path,
+    device: str,
+) -> tuple[dict[str, float], list[str]]:
     extractor, reference = _judge(judge, device), _reference(asked.data, asked.split)
     samples = DrawnImages(drawn / TOKENS, _pair(weights, device).tokenizer, weights.tokenizer_sha256, asked)
     numbers: dict[str, float] = {}
@@ -234,10 +265,7 @@ def measure_tokens(
         seen = torch.from_numpy(store.vectors("logits")).argmax(dim=1)
         numbers[AGREEMENT] = (seen == classes).double().mean().item()
     shutil.rmtree(store.folder, ignore_errors=True)
-    if not numbers:
-        raise VarpiError(f"{judge.name} has nothing to compute {', '.join(metrics)} from")
-    ordered = {name: numbers[name] for name in metrics if name in numbers}
-    return {"metrics": ordered, "warnings": warnings, "seconds": round(time.perf_counter() - begun, 2)}
+    return numbers, warnings
 
 
 def see_scenes(folder: Path, asked: Subject, count: int, judge: Judge, device: str) -> dict[str, Any]:
@@ -245,28 +273,6 @@ def see_scenes(folder: Path, asked: Subject, count: int, judge: Judge, device: s
     scenes = _scenes(asked.data, asked.split)
     images = (render_scene(scenes.scene(i), asked.data.image_size) for i in range(count))
     return {"sha256": scenes.fingerprint, "count": count, "metrics": _geneval(images, scenes, judge, device)}
-
-
-def measure_prompts(
-    folder: Path,
-    drawn: Path,
-    weights: Weights,
-    asked: Subject,
-    judge: Judge,
-    metrics: Sequence[str],
-    batch_size: int,
-    cache: Path,
-    device: str,
-) -> dict[str, Any]:
-    """As `measure_tokens`, of images of captions: the share of them, by task, that show what was asked for."""
-    begun = time.perf_counter()
-    tokens, tokenizer = load_file(drawn / TOKENS)["tokens"], _pair(weights, device).tokenizer
-    images = (image for part in tokens.split(batch_size) for image in decoded(tokenizer, part))
-    numbers = _geneval(images, _scenes(asked.data, asked.split), judge, device)
-    ordered = {name: numbers[name] for name in metrics if name in numbers}
-    if not ordered:
-        raise VarpiError(f"{judge.name} has nothing to compute {', '.join(metrics)} from")
-    return {"metrics": ordered, "warnings": [], "seconds": round(time.perf_counter() - begun, 2)}
 
 
 def _geneval(images: Iterable[np.ndarray], scenes: CaptionedShapes, judge: Judge, device: str) -> dict[str, float]:
