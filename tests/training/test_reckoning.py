@@ -93,6 +93,13 @@ def test_shipped_recipes_of_all_kinds(name: str) -> None:
     assert found.tflop > 0
 
 
+def test_a_card_does_not_keep_what_a_cpu_keeps(pair: Path) -> None:
+    """Attention in bf16 keeps its scores on a CPU alone."""
+    recipe = tiny.recipe(pair, "training.precision=bf16", "training.batch_size=2")
+    here, there = (reckon(recipe, cuda=cuda).activations for cuda in (False, True))
+    assert here > there
+
+
 @pytest.mark.slow
 def test_the_xxl_recipe_is_the_reckoning_of_the_docs() -> None:
     """docs/gpu_queue.md counts 1377.6 TFLOP by hand, with up-sampling apart from its convolution: bf16 folds it in."""

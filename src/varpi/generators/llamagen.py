@@ -28,6 +28,7 @@ from varpi.generators.llamagen_files import (
     original_name,
 )
 from varpi.runtime.pretrained import Assembled, Family, Pretrained
+from varpi.runtime.sizes import on_cpu
 from varpi.runtime.sources import few
 
 __all__ = ["FAMILY", "LlamaGen", "LlamaGenConfig", "TextCondition"]
@@ -402,7 +403,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     written out.
     """
     causal = mask is None and q.shape[2] > 1
-    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
+    if not (on_cpu(q) and q.dtype == torch.bfloat16 and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if causal:

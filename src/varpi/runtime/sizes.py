@@ -11,6 +11,7 @@ from torch import nn
 Model = TypeVar("Model", bound=nn.Module)
 
 _sizes_only: ContextVar[bool] = ContextVar("sizes_only", default=False)
+_for_a_card: ContextVar[bool] = ContextVar("for_a_card", default=False)
 
 
 def sizes_only() -> bool:
@@ -26,6 +27,21 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         _sizes_only.reset(token)
+
+
+@contextmanager
+def as_on_a_card() -> Iterator[None]:
+    """Within, tensors on the CPU stand for those of a card; `on_cpu` says so."""
+    token = _for_a_card.set(True)
+    try:
+        yield
+    finally:
+        _for_a_card.reset(token)
+
+
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether what only a CPU is better at is to be done with a tensor."""
+    return tensor.device.type == "cpu" and not _for_a_card.get()
 
 
 def without_numbers(model: Model, device: torch.device | str, dtype: torch.dtype | str) -> Model:

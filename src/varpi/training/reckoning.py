@@ -7,6 +7,7 @@ setting changes is counted where it happens, and neither weights nor data need b
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from varpi.recipe import Recipe, apply_setting, parse_recipe
 from varpi.runtime.ledger import Ledger, LedgerStages, Stage, enter
 from varpi.runtime.memory import physical_memory
 from varpi.runtime.processes import World
-from varpi.runtime.sizes import without_weights
+from varpi.runtime.sizes import as_on_a_card, without_weights
 from varpi.training.loop import Trainer
 from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
@@ -84,7 +85,7 @@ class Rates:
 def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
     """The memory and the work of one update of a recipe in one process.
 
-    cuda: whether the optimizer's update is reckoned as it is made there, for all weights at once.
+    cuda: whether attention and the optimizer's update are reckoned as they are made there: fused, all weights at once.
 
     Raises:
         VarpiError: the recipe's parts do not fit, a size is not known, or a step of its method needs numbers.
@@ -102,7 +103,7 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
     )
     with torch.random.fork_rng(), without_weights():
         method = build_method(_bare(recipe), _classes(recipe), "meta")
-    with Ledger() as ledger:
+    with Ledger() as ledger, as_on_a_card() if cuda else nullcontext():
         enter(part for part in vars(method).values() if isinstance(part, torch.nn.Module))
         method.device = "cpu"  # pyright: ignore[reportAttributeAccessIssue]
         standing = _weights(method, ledger.live)
