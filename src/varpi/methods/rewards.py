@@ -16,6 +16,7 @@ from varpi.networks.perceptual import LPIPS
 from varpi.objective.rewards import Perceptual
 from varpi.recipe import BatchSize, Section, Weight
 from varpi.runtime.processes import autocast
+from varpi.runtime.sizes import on_cpu
 from varpi.tokenizers import Tokenizer
 
 
@@ -46,7 +47,7 @@ class Reward(Distances):
     """Paper Eq. 10: minus the distances of decoded samples."""
 
     decode_batch: BatchSize = 16
-    """Token sequences decoded at once; bounds memory, changes no number."""
+    """Token sequences decoded at once, at most; bounds memory, changes no number."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the decoder and the perceptual network; in bf16 they take half the time, and advantages hardly change."""
 
@@ -87,7 +88,7 @@ def pixel_rewards(
             images,
             _weights(reward),
             perceptual=perceptual,
-            chunk=reward.decode_batch,
+            chunk=_at_once(reward, images),
             local=local,
         )
 
@@ -105,8 +106,13 @@ def code_rewards(
             images,
             _weights(reward),
             perceptual=perceptual,
-            chunk=reward.decode_batch,
+            chunk=_at_once(reward, images),
         )
+
+
+def _at_once(reward: Reward, images: Tensor) -> int:
+    """`decode_batch`; on a CPU no more than one image of 256x256 or its like in pixels, which its caches want."""
+    return min(reward.decode_batch, max(1, 2**16 // images[0, 0].numel())) if on_cpu(images) else reward.decode_batch
 
 
 def _weights(reward: Reward) -> objective.RewardWeights:
