@@ -54,7 +54,7 @@ from varpi.methods import Outcome
 from varpi.methods.rewards import lower, pixel_rewards
 from varpi.methods.va_pi import Rollout, Settings, VaPi
 from varpi.recipe import Recipe, parse_recipe
-from varpi.runtime.processes import World
+from varpi.runtime.processes import find_world
 from varpi.runtime.stages import Stages
 from varpi.tokenizers import VQ, VQConfig
 from varpi.training.loop import Trainer
@@ -138,7 +138,7 @@ def measure(kind: type[VaPi], options: argparse.Namespace) -> dict[str, Any]:
         perceptual=perceptual,
         device=device,
     )
-    trainer = Trainer(recipe, method, make_optimizer(generator, recipe.optimizer), World(0, 1, device))
+    trainer = Trainer(recipe, method, make_optimizer(generator, recipe.optimizer), find_world(device))
     batch = Batch(
         images=torch.rand(options.images, 3, options.image_size, options.image_size) * 2 - 1,
         condition=torch.randint(config.num_classes, (options.images,)),

@@ -112,14 +112,16 @@ def _unit_difference(maps: Tensor, reference: Tensor) -> Tensor:
     count = reference.shape[0]
     if maps.shape[0] % count:
         raise VarpiError(f"perceptual distance: {maps.shape[0]} images are no multiple of {count} references")
-    left, right = _unit(maps.float()), _unit(reference.float())
-    difference = left.unflatten(0, (count, -1)) - right.unsqueeze(1)
-    return difference.square().flatten(0, 1)
+    left, right = _unit(maps).unflatten(0, (count, -1)), _unit(reference).unsqueeze(1)
+    difference = (left - right).square() if torch.is_grad_enabled() else left.sub_(right).square_()
+    return difference.flatten(0, 1)
 
 
 def _unit(maps: Tensor) -> Tensor:
-    """Divide each position's channel vector by its length; a zero vector stays zero."""
-    return maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10)
+    """In float32, each position's channel vector divided by its length; a zero vector stays zero."""
+    values = maps.float()
+    lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True) + 1e-10
+    return values / lengths if torch.is_grad_enabled() or values is maps else values.div_(lengths)
 
 
 def trunk_url(net: str) -> str:

@@ -1,6 +1,8 @@
-"""This machine's memory, asked before much is taken: too much ends not in an error but in a killed process."""
+"""This machine's memory: asked before much is taken, for too much ends in a killed process; and kept once it is taken."""
 
+import ctypes
 import os
+import sys
 
 from varpi.errors import VarpiError
 
@@ -22,3 +24,15 @@ def check_memory(size: int, what: str, device: str = "cpu") -> None:
         there, where = torch.cuda.get_device_properties(device).total_memory, device
     if there is not None and size > there:
         raise VarpiError(f"{what}: {size / 2**30:.0f} GiB are needed, and {where} has {there / 2**30:.0f}")
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps up to 2 GiB of the main memory that it frees, for what it takes next.
+
+    glibc gives large blocks back to the system at once, and the system clears every page of those that it hands out
+    again: a tenth of the time of a decoder on a CPU. Does nothing elsewhere.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks are not pages of their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from varpi.errors import VarpiError
 from varpi.runtime.files import line
+from varpi.runtime.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -111,6 +112,8 @@ def choose_device(device: str | None) -> str:
 def find_world(device: str | None) -> World:
     """The processes that torchrun started, which need not meet: this one's place among them. `device` as below."""
     device = choose_device(device)
+    if device == "cpu":
+        keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, device)

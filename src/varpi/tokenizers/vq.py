@@ -39,7 +39,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(_silu(self.norm1(x)))
         h = self.conv2(_silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return h + shortcut if torch.is_grad_enabled() else h.add_(shortcut)
 
 
 class AttnBlock(nn.Module):
