@@ -45,9 +45,9 @@ VQ4 = VQConfig(**{**asdict(tiny.TOKENIZER), "codebook_size": 64})
 SHORT = "--set training.steps=2 --set training.batch_size=2 --set method.group_size=2 --set data.workers=0"
 
 RUN = {
-    "varpi doctor llamagen-c2i-xxl --set data.source=/data/imagenet/train": "varpi doctor llamagen-c2i-xxl "
+    "varpi doctor llamagen-c2i-xxl --set data.source=/data/imagenet": "varpi doctor llamagen-c2i-xxl "
     "--set data.source=imagenet --set method.reward.perceptual_weight=0",
-    "varpi train llamagen-c2i-xxl --output runs/xxl --set data.source=/data/imagenet/train": "varpi train "
+    "varpi train llamagen-c2i-xxl --output runs/xxl --set data.source=/data/imagenet": "varpi train "
     "llamagen-c2i-xxl --output runs/xxl --set data.source=imagenet --set tokenizer.architecture=null "
     f"--set method.reward.perceptual_weight=0 {SHORT}",
     "varpi export runs/xxl --output c2i_XXL_384_va_pi.pt": "",
@@ -55,7 +55,7 @@ RUN = {
     "--output samples --resize 256",
     "varpi report runs/xxl --device cuda": "varpi report runs/xxl --device cpu --samples 0",
     "varpi doctor": "",
-    "varpi train digits --set preview.every=20 --set validation.every=40": "varpi train digits --set preview.every=1 "
+    "varpi train digits --set preview.every=20": "varpi train digits --set preview.every=1 "
     f"--set validation.every=2 --set validation.images=4 --set preview.images=2 {SHORT}",
     "varpi export runs/xxl --card --license mit --base-model FoundationVision/LlamaGen --output xxl": "",
     "varpi encode captions data/laion-coco --output features": "varpi encode captions data/laion-coco "
@@ -73,7 +73,7 @@ RUN = {
 }
 """Commands, in the order of the pages, and what is done instead; "": the very same."""
 UNDERSTOOD = {
-    "varpi train llamagen-c2i-xxl --set preview.every=10 --set preview.split=train --set training.ema=0.99",
+    "varpi train llamagen-c2i-xxl --set preview.every=10 --set training.ema=0.99",
     "varpi push runs/xxl me/llamagen-xxl-va-pi --license mit --base-model FoundationVision/LlamaGen",
     "torchrun --nproc-per-node 8 -m varpi sample runs/xxl --per-class 50 --output samples --resize 256",
     "varpi train janus-pro-1b --output runs/janus",
@@ -198,7 +198,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = LlamaGenConfig(dim=32, n_layer=2, n_head=2, grid=24)
     export_original(tiny.generator(config), folder / "c2i_XXL_384.pt")
     export_original(tiny.tokenizer(VQ16), folder / "vq_ds16_c2i.pt")
-    tiny.photographs(folder / "imagenet", ((500, 375), (375, 500), (400, 400), (600, 400)))
+    for split in ("train", "val"):
+        tiny.photographs(folder / "imagenet" / split, ((500, 375), (375, 500), (400, 400), (600, 400)))
     export_original(tiny.generator(TEXT), folder / "t2i_XL_stage1_256.pt")
     export_original(tiny.tokenizer(VQ4), folder / "vq_ds16_t2i.pt")
     for name, fields in (("t2i", TEXT), ("vq4", VQ4)):

@@ -234,17 +234,23 @@ class Training(Section):
 
 
 class Validation(Section):
-    """Loss on held-out images, and their reward where the method has one, with the best weights kept."""
+    """Loss on held-out images, and their reward where the method has one. It changes no number of training."""
 
     split: str = "validation"
     every: Count
     """Steps between validations."""
     images: Count | None = None
-    """How many held-out images, from the first; none: all."""
-    best_by: Literal["loss", "reward"] = "loss"
-    """Which of the two says what is best."""
+    """How many held-out images, spread evenly over the split; none: all."""
+    best_by: Literal["loss", "reward"] | None = "loss"
+    """Which of the two says what the best weights are, which the run gives back; null: it gives back the last."""
     patience: Count | None = None
     """Stop after this many validations without a better one."""
+
+    @model_validator(mode="after")
+    def _patience_of_something(self) -> Self:
+        if self.patience is not None and self.best_by is None:
+            raise ValueError("patience is for runs that look for the best weights; set best_by to loss or reward")
+        return self
 
 
 class Preview(Section):

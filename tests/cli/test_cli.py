@@ -237,6 +237,22 @@ def test_doctor(place: Place) -> None:
         assert f" {line}  " in said
 
 
+def test_doctor_knows_where_networks_come_from(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    said = place.run("doctor")
+    inception = tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    assert f"weights for inception  not at {inception}: downloaded at first use" in said
+    homes = {"clip": "openai/clip-vit-base-patch32", "geneval": "facebook/mask2former-swin-small-coco-instance"}
+    for name, repo in homes.items():
+        assert f"weights for {name}  not in the Hub's cache: hf download {repo}\n" in said
+    inception.parent.mkdir(parents=True)
+    inception.touch()
+    assert f"weights for inception  {inception}\n" in place.run("doctor")
+
+
 @pytest.mark.parametrize(
     "command",
     [

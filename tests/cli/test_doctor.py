@@ -21,7 +21,8 @@ def test_what_a_released_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     before = found(load_recipe("llamagen-c2i-xxl"))
-    assert [what for what, (there, _) in before.items() if not there] == [
+    room = ("memory", "disk")  # of which this machine may have little
+    assert [what for what, (there, _) in before.items() if not there and what not in room] == [
         "generator.source", "tokenizer.source", "weights of lpips-vgg", "data.source",
     ]  # fmt: skip
     assert "hf download FoundationVision/LlamaGen c2i_XXL_384.pt --local-dir ." in before["generator.source"][1]
@@ -29,7 +30,7 @@ def test_what_a_released_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("c2i_XXL_384.pt", "vq_ds16_c2i.pt", "hub/checkpoints/vgg16-397923af.pth"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "data/imagenet/train").mkdir(parents=True)
+    (tmp_path / "data/imagenet").mkdir(parents=True)
     after = found(load_recipe("llamagen-c2i-xxl"))
     assert all(after[what][0] for what in ("generator.source", "tokenizer.source", "data.source"))
     assert after["weights of lpips-vgg"] == (True, str(tmp_path / "hub/checkpoints/vgg16-397923af.pth"))

@@ -43,6 +43,14 @@ def shell(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def test_the_card_has_the_picture_of_the_report(run: Path, tmp_path: Path) -> None:
+    assert shell("report", run, "--device", "cpu") == 0
+    picture = run / "before-after.png"
+    assert shell("export", run, "--card", "--output", tmp_path / "given", "--license", "mit") == 0
+    assert (tmp_path / "given/before-after.png").read_bytes() == picture.read_bytes()
+    assert "](before-after.png)" in (tmp_path / "given/README.md").read_text()
+
+
 def test_the_card_and_its_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = sha256_of(run / "model.safetensors")
     result(run / "mine.json", digest, fid=12.5, recall=0.5)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from report_parts import pictures
 
 from varpi.errors import VarpiError
 from varpi.report import Reconstruction, SampleGrid, ScoredImages
-from varpi.report.pictures import extremes, grid, strips
+from varpi.report.pictures import before_after, extremes, grid, strips
 
 
 def opened(uri: str) -> Image.Image:
@@ -30,6 +31,25 @@ def test_large_images_become_one_webp_no_wider_than_a_page_shows():
     picture = opened(uri)
     assert picture.size == (10 * 240 + 9 * 15, 4 * 240 + 3 * 15)
     assert len(uri) < 700_000
+
+
+def test_before_and_after_in_one_picture(tmp_path: Path):
+    """A class a column, small images twice their size, before to the left of a white band."""
+    images = np.zeros((6, 32, 32, 3), dtype=np.uint8)
+    images[:] = np.arange(6)[:, None, None, None]
+    before = SampleGrid("Before", images, [2, 1, 0] * 2)
+    before_after(tmp_path / "picture.png", before, before._replace(images=images + 100))
+    picture = np.asarray(Image.open(tmp_path / "picture.png"))
+    wide, high = 3 * 64 + 2 * 4, 2 * 64 + 4
+    assert picture.shape == (high, 2 * wide + 32, 3)
+    assert (picture[:, wide : wide + 32] == 255).all()
+    firsts = picture[::68, [0, 68, 136, wide + 32, wide + 100, wide + 168], 0]
+    assert firsts.tolist() == [[2, 1, 0, 102, 101, 100], [5, 4, 3, 105, 104, 103]]
+    large = SampleGrid("Before", photographs(8, 384), [*range(8)])
+    before_after(tmp_path / "picture.png", large, large)
+    assert Image.open(tmp_path / "picture.png").size == (2 * (3 * 192 + 2 * 4) + 32, 3 * 192 + 2 * 4)
+    with pytest.raises(VarpiError, match="not as many samples of one size"):
+        before_after(tmp_path / "picture.png", large, before)
 
 
 def test_a_photograph_looks_like_the_photograph():

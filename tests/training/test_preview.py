@@ -152,10 +152,50 @@ def test_the_best_weights_are_kept_by_either(
     assert [row["validation_reward"] for row in read_metrics(run) if "validation_reward" in row] == [-1, -2, -3]
 
 
+def test_a_run_that_only_watches_gives_back_its_last_weights(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the first of its validations was the best; and it is the run that validates nothing."""
+    from varpi.training.validation import Validator
+
+    watching = tiny.recipe(pair, "validation.every=2", "validation.best_by=null")
+    found = iter([{"loss": float(i), "reward": -float(i)} for i in range(3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Validator, "measure", lambda self, method: next(found))
+        seen = quiet(watching, tmp_path / "seen")
+    assert same(weights(seen), weights(quiet(tiny.recipe(pair), tmp_path / "plain")))
+    assert [row["validation_loss"] for row in read_metrics(seen) if "validation_loss" in row] == [0, 1, 2]
+    before = (seen / "model.safetensors").stat().st_mtime_ns
+    quiet(watching, seen, resume=True)
+    assert (seen / "model.safetensors").stat().st_mtime_ns == before  # it was finished
+
+
+def test_some_held_out_images_are_some_of_everywhere(pair: Path, tmp_path: Path) -> None:
+    """Of six those numbered 0, 2 and 4."""
+    run = quiet(tiny.recipe(pair, "validation.every=6", "validation.images=3"), tmp_path / "run")
+    last = next(row for row in read_metrics(run) if "validation_reward" in row)
+    method: Any = build_method(tiny.recipe(pair, f"generator.source={run / 'model.safetensors'}"), 3, "cpu")
+    data = open_split(tiny.recipe(pair).data, "validation")
+    some = as_batch(method, {i: data[i] for i in (0, 2, 4)}, "cpu")
+    with torch.no_grad():
+        found = {"validation_loss": method.validation_loss(some), "validation_reward": method.validation_reward(some)}
+    assert {name: last[name] for name in found} == pytest.approx(
+        {name: float(value) for name, value in found.items()}, rel=1e-5
+    )
+
+
+def test_without_a_split_to_validate_on_it_says_how_to_go_without(pair: Path, tmp_path: Path) -> None:
+    recipe = tiny.recipe(pair, "validation.every=2", "validation.split=test")
+    with pytest.raises(VarpiError, match=r"validation: .*no split 'test'.*--set validation=null"):
+        quiet(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "method", "line"),
     [
         (["validation.every=1", "validation.best_by=reward"], "next_token", "best_by is reward, but method next_token"),
+        (["validation.every=1", "validation.patience=2", "validation.best_by=null"], "va_pi", "set best_by to loss or"),
         (["preview.every=3", "training.updates_per_batch=2"], "va_pi", "preview.every is 3; it must be a multiple"),
         (["preview.every=1", "preview.images=65"], "va_pi", "preview.images is 65"),
     ],

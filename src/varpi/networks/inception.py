@@ -109,9 +109,14 @@ def load_inception(weights: str | os.PathLike[str] | None, device: str, precisio
     )
 
 
+def cached_inception() -> Path:
+    """Where torch hub's cache keeps the published weights, whether they are there or not."""
+    return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+
+
 def _inception_file() -> Path:
     """The published weights in torch hub's cache, downloaded when they are not there yet."""
-    path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    path = cached_inception()
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

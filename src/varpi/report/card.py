@@ -20,6 +20,7 @@ from varpi.generators import Generator
 from varpi.generators.llamagen_files import SIZES
 from varpi.recipe import Recipe
 from varpi.report.columns import COLUMNS
+from varpi.report.pictures import PICTURE
 from varpi.report.provenance import costs
 from varpi.runtime import hub
 from varpi.runtime.sources import EMBEDDED, ENDINGS
@@ -82,6 +83,8 @@ def export_with_card(
     try:
         _write_weights(model, weights, aside)
         (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if (run / PICTURE).is_file():
+            shutil.copyfile(run / PICTURE, aside / PICTURE)
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir()) if path.suffix in ENDINGS}
         text = "\n".join(_body(run, recipe, model, name, base_model, licence, files, found))
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(aside / "README.md")
@@ -184,6 +187,11 @@ def _body(
         f"{read_metrics(run)[-1]['step']} updates of {recipe.training.batch_size} images of {recipe.data.image_size} "
         f"pixels from `{recipe.data.source}`, {spent['minutes']} minutes. Every setting is in `recipe.yaml`.",
         "",
+        *(
+            [f"![Samples before and after, of the same classes or captions and random numbers]({PICTURE})", ""]
+            if (run / PICTURE).is_file()
+            else []
+        ),
         "## How to use it",
         "",
         *_usage(recipe, model, name),

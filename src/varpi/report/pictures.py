@@ -6,6 +6,7 @@ Shapes: n images of H x W pixels, uint8 (n,H,W,3).
 import base64
 import io
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ from torch.nn import functional
 
 from varpi.errors import VarpiError
 from varpi.report.tables import number
+from varpi.samples.images import make_grid, save_png
 
+PICTURE = "before-after.png"
 WIDEST = 2400
 """Pixels across a picture, which opens to the size of the screen."""
 LARGEST_TILE = 384
@@ -69,16 +72,45 @@ def grid(samples: SampleGrid) -> dict[str, Any]:
         raise VarpiError(f"report: the samples of {samples.caption}: {len(images)} images, {len(asked)} conditions")
     kinds, counts = np.unique(asked, return_counts=True)
     alt, large = f"{samples.caption}: {len(images)} generated images", max(images.shape[1:3]) > SHARP
-    if not (1 < len(kinds) <= 12 and (counts == counts[0]).all()):
+    if not _fills_columns(kinds, counts):
         image = _mosaic(images, math.ceil(math.sqrt(len(images))))
         return {"caption": samples.caption, "alt": alt, "image": image, "heads": [], "prompts": [], "large": large}
-    order = np.argsort(asked, kind="stable").reshape(len(kinds), -1).T.reshape(-1)
+    order = _by_column(asked, len(kinds))
     prompts = kinds.tolist() if kinds.dtype.kind == "U" else []
     heads = list(range(1, len(kinds) + 1)) if prompts else kinds.tolist()
     alt += f", one {'prompt' if prompts else 'class'} a column: {', '.join(map(str, kinds))}"
     image = _mosaic(images[order], len(kinds))
     shown = {"caption": samples.caption, "alt": alt, "image": image}
     return {**shown, "heads": heads, "prompts": prompts, "large": large}
+
+
+def before_after(path: str | os.PathLike[str], before: SampleGrid, after: SampleGrid) -> None:
+    """One PNG file, for a model card or a README: samples from before on the left, from after on the right."""
+    tiles = []
+    for samples in (before, after):
+        images = _checked(samples.images, f"the samples of {samples.caption}")
+        small = max(images.shape[1:3]) <= SHARP
+        images = images.repeat(2, axis=1).repeat(2, axis=2) if small else _shrunk(images, 192)
+        asked = np.asarray(samples.asked)
+        kinds, counts = np.unique(asked, return_counts=True)
+        columns = math.ceil(math.sqrt(len(images)))
+        if counts[0] > 1 and _fills_columns(kinds, counts):
+            images, columns = images[_by_column(asked, len(kinds))], len(kinds)
+        tiles.append(make_grid(images, columns, gap=4))
+    if tiles[0].shape != tiles[1].shape:
+        raise VarpiError("report: before and after are not as many samples of one size")
+    between = np.full((len(tiles[0]), 32, 3), 255, dtype=np.uint8)
+    save_png(path, np.concatenate([tiles[0], between, tiles[1]], axis=1))
+
+
+def _fills_columns(kinds: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether there are a few kinds, and equally many of each."""
+    return 1 < len(kinds) <= 12 and bool((counts == counts[0]).all())
+
+
+def _by_column(asked: np.ndarray, kinds: int) -> np.ndarray:
+    """The order, row by row, that gives each kind a column."""
+    return np.argsort(asked, kind="stable").reshape(kinds, -1).T.reshape(-1)
 
 
 def strips(reconstructions: Sequence[Reconstruction]) -> list[dict[str, Any]]:

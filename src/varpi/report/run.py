@@ -16,7 +16,7 @@ from varpi.generators import Generator
 from varpi.recipe import Recipe, parse_recipe, read_yaml
 from varpi.report.examples import draw_samples, reconstructions
 from varpi.report.page import Page, write_page
-from varpi.report.pictures import SHARP, Reconstruction
+from varpi.report.pictures import PICTURE, SHARP, Reconstruction, before_after
 from varpi.report.provenance import costs, environment
 from varpi.report.results import NamedResult, tables_of_results
 from varpi.report.tables import ResultTable
@@ -41,7 +41,7 @@ def report_run(
     command: str = "",
     tell: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Write RUN/report.html for a training run; returns its path.
+    """Write RUN/report.html for a training run, and its samples as a picture, RUN/before-after.png; returns the page.
 
     sampling: by default free of guidance, with seed 0.
     classes, prompts: what to draw; by default all of up to ten classes, eight spread over more, or the first captions.
@@ -96,6 +96,8 @@ def report_run(
         costs={run.name: costs(run)},
     )
     write_page(run / "report.html", page)
+    if len(grids) == 2:
+        before_after(run / PICTURE, *grids)
     return run / "report.html"
 
 

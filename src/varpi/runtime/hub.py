@@ -84,6 +84,17 @@ class Repository:
             return Path(partial) if partial else None
 
 
+def is_cached(repo: str, revision: str | None = None) -> bool:
+    """Whether the Hub's cache holds files of a repository. Asks nothing of the network."""
+    import huggingface_hub as hub
+
+    try:
+        hub.snapshot_download(repo, revision=revision, local_files_only=True)
+    except Exception as error:  # of versions that say so when only a part was downloaded, which is all we ever do
+        return getattr(error, "snapshot_path", None) is not None
+    return True
+
+
 def check_repository(repo: str) -> None:
     """Raise VarpiError for what cannot be the name of a repository."""
     match = ID.fullmatch(repo)

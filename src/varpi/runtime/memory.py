@@ -1,4 +1,4 @@
-"""This machine's memory: asked before much is taken, for too much ends in a killed process; and kept once it is taken."""
+"""This machine's memory: asked before much is taken, for too much ends in a killed process; kept once it is taken."""
 
 import ctypes
 import os

@@ -27,6 +27,7 @@ from varpi.networks.judges import embed, load_judge
 from varpi.recipe import load_recipe
 from varpi.report import Page, TableRow, write_page
 from varpi.report.examples import decode_in_parts, draw_samples, reconstructions
+from varpi.report.pictures import PICTURE, before_after
 from varpi.report.provenance import costs, environment
 from varpi.report.tables import ResultTable, table
 from varpi.sampling.generate import generate
@@ -101,7 +102,7 @@ def demo(output: Path, *, steps: int = 80, samples: int = 1000, seeds: int = 2) 
     if steps < 1:
         raise VarpiError(f"--steps is {steps}; it must be at least 1")
     begun = time.perf_counter()
-    length = [f"training.steps={steps}", f"training.save_every={steps}"]
+    length = [f"training.steps={steps}", f"training.save_every={steps}", "validation=null"]
     changes = {name: [*length, *model.changes] for name, model in MODELS.items()}
     recipes = {name: load_recipe(model.recipe, changes[name]) for name, model in MODELS.items()}
     _clear(output)
@@ -133,6 +134,11 @@ def demo(output: Path, *, steps: int = 80, samples: int = 1000, seeds: int = 2) 
     models = {"base": load_generator("digits")}
     models |= {name: load_generator(output / name / "model.safetensors") for name in reversed(MODELS)}
     classes = torch.arange(10).repeat(5)
+    grids = {
+        name: draw_samples(ROWS[name].label, model, tokenizer, classes, Sampling(seed=FIRST_SEED))
+        for name, model in models.items()
+    }
+    before_after(output / PICTURE, grids["base"], grids["tuned"])
     page = Page(
         title="VA-π on the embedded digits",
         paragraph=_paragraph(samples, seeds, len(test), training),
@@ -142,10 +148,7 @@ def demo(output: Path, *, steps: int = 80, samples: int = 1000, seeds: int = 2) 
             _group("Without guidance", results, guided=False),
             _group("With guidance, at twice the sampling cost", results, guided=True),
         ],
-        samples=[
-            draw_samples(ROWS[name].label, model, tokenizer, classes, Sampling(seed=FIRST_SEED))
-            for name, model in models.items()
-        ],
+        samples=[*grids.values()],
         reconstructions=reconstructions(models["base"], models["tuned"], tokenizer, test, range(0, 800, 81)),
         curves={model.label: read_metrics(output / name) for name, model in MODELS.items()},
         environment=environment(),
@@ -215,7 +218,7 @@ def _clear(output: Path) -> None:
         raise VarpiError(f"{output} holds something that is not a demo; choose another --output")
     for name in MODELS:
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in ("metrics.json", "report.html"):
+    for name in ("metrics.json", "report.html", PICTURE):
         (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARK).write_text("{}\n")

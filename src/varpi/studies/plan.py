@@ -306,6 +306,8 @@ class Study(Section):
                     if key in OWN or key in {f"data.{field}" for field in StudyData.model_fields}:
                         raise VarpiError(f"{where}: variants.{name} sets {key}, which the study says for all")
                 values = load_recipe(variant.recipe).model_dump(mode="json")
+                if values["validation"] is not None and values["validation"]["best_by"] is None:
+                    values["validation"] = None  # it would tell, and decide nothing
                 what = f"{where}: variants.{name}"
                 if changes.get("method.name", values["method"]["name"]) != values["method"]["name"]:
                     values["method"] = {}  # nothing of the other method's settings

@@ -41,6 +41,7 @@ from varpi.training.run_directory import (
     is_finished,
     is_over,
     is_run,
+    keeps_best,
     write_origin,
 )
 from varpi.training.sharding import gradient_norm, shard
@@ -70,7 +71,8 @@ def train(
 ) -> Path:
     """Carry out a recipe in the directory `output`; returns it.
 
-    Writes recipe.yaml, metrics.jsonl, checkpoints/ and model.safetensors (with `validation`, the best one so far).
+    Writes recipe.yaml, metrics.jsonl, checkpoints/ and model.safetensors (where `validation` says
+    what is best, the best one so far).
     `resume` continues from the newest checkpoint, or begins when there is none; a finished run it leaves as it is.
     `watch` is called in the main process with the directory and whether the run is over: when it begins, after
     previews, validations and checkpoints, and at its end.
@@ -198,7 +200,7 @@ def _loop(
             if stopping and not finished:
                 where = f"step {progress.step} of {training.steps}"
                 return Stopped(stopping, f"stopped at {where}, saved in {run}; continue with --resume")
-    if validation is None:
+    if not keeps_best(recipe):
         _save_model(run, trainer, progress)
     return None
 

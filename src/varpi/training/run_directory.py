@@ -141,10 +141,15 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
             return False
         if not is_over(recipe, progress):
             return False
-        if recipe.validation is None:
+        if not keeps_best(recipe):
             return _step_of_model(run) == progress.step
         return progress.best_loss is None or _step_of_model(run) == progress.best_step
     return False
+
+
+def keeps_best(recipe: Recipe) -> bool:
+    """Whether a run gives back the best of its validated weights, not the last."""
+    return recipe.validation is not None and recipe.validation.best_by is not None
 
 
 def is_over(recipe: Recipe, progress: Progress) -> bool:

@@ -1,6 +1,7 @@
 """Validation: the loss on held-out images, and their reward, by all processes together."""
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,8 +28,13 @@ class Validator:
         self._best_by = recipe.validation.best_by
         self._rewards = recipe.method.rewards_held_out
         self._world = world
-        self._dataset = open_held_out(recipe, recipe.validation.split, batches)
-        self._count = min(recipe.validation.images or len(self._dataset), len(self._dataset))
+        try:
+            self._dataset = open_held_out(recipe, recipe.validation.split, batches)
+        except VarpiError as error:
+            raise VarpiError(f"validation: {error}; or train without it: --set validation=null") from error
+        whole = len(self._dataset)
+        self._count = min(recipe.validation.images or whole, whole)
+        self._indices = [i * whole // self._count for i in range(self._count)]
         self._size = recipe.training.micro_batch or recipe.training.batch_size
         self._source = f"{recipe.data.source}[{recipe.validation.split}]"
         self._said: dict[str, tuple[int, str]] = {}
@@ -45,7 +51,7 @@ class Validator:
         filler = _first_readable(dataset)  # sharded models need every process in every pass
         for i in range(rounds):
             first = (i * self._world.size + self._world.rank) * self._size
-            items = _readable(dataset, range(first, min(first + self._size, self._count)), left_out)
+            items = _readable(dataset, self._indices[first : first + self._size], left_out)
             batch = as_batch(method, items or filler, self._world.device)
             of_batch = float(method.validation_loss(batch))
             reward_of_batch = float(method.validation_reward(batch)) if self._rewards else 0.0
@@ -59,11 +65,13 @@ class Validator:
             self._said = left_out.found
             left_out.say(self._source, self._count, "held-out images")
         if not images:
-            raise VarpiError(f"validation: none of the first {self._count} held-out images could be read")
+            raise VarpiError(f"validation: none of {self._count} held-out images could be read")
         return {"loss": loss / images} | ({"reward": reward / images} if self._rewards else {})
 
     def note(self, progress: Progress, found: dict[str, float]) -> bool:
-        """Count a validation; whether it is the best so far."""
+        """Count a validation; whether it is the best so far, of a run that looks for the best."""
+        if self._best_by is None:
+            return False
         return note_loss(progress, found["loss"] if self._best_by == "loss" else -found["reward"])
 
 
@@ -102,7 +110,7 @@ def caption_check(method: Method) -> CaptionCheck | None:
     return None if generator is None else generator.caption_check
 
 
-def _readable(dataset: Dataset, indices: range, left_out: LeftOut) -> dict[int, Item]:
+def _readable(dataset: Dataset, indices: Sequence[int], left_out: LeftOut) -> dict[int, Item]:
     """The items that can be used, by index; the others are counted."""
     items = {}
     for index in indices:
