@@ -1,6 +1,7 @@
 """What lies in examples/ does what it says; CITATION.cff is one."""
 
 import csv
+import json
 import re
 import runpy
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,24 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     numbers = {split: [int(str(caption).split()[-1]) for caption in found] for split, found in captions.items()}
     assert numbers == {"train": [1, 2, 3, 4, 5, 6, 7, 8, 9, 11], "validation": [0, 10]}
+
+
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom, shorter: three steps, and a hundred samples."""
+    notebook = json.loads((EXAMPLES / "demo.ipynb").read_text())
+    text = "".join("".join(cell["source"]) + "\n\n" for cell in notebook["cells"] if cell["cell_type"] == "code")
+    for long, short in (("training.steps=60", "training.steps=3"), (".repeat(50)", ".repeat(10)")):
+        assert long in text
+        text = text.replace(long, short)
+    said: list[str] = []
+    found: dict[str, Any] = {"print": lambda *values: said.append(" ".join(map(str, values)))}
+    exec(compile(text, "demo.ipynb", "exec"), found)
+    assert "ratio before any update        1.0" in said
+    assert [line.split()[0] for line in said[-2:]] == ["base", "tuned"]
+    tuned, base = (dict(found[name].named_parameters()) for name in ("tuned", "generator"))
+    assert any(not torch.equal(base[name], tuned[name]) for name in base)
+    shown = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3
 
 
 def test_the_script_for_slurm_is_one() -> None:
