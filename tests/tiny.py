@@ -89,7 +89,7 @@ def make(folder: Path) -> Path:
     ste = {"name": "ste", "reward": {"perceptual_weight": 0}}
     decoder = {"name": "tokenizer_decoder", "reward": {"perceptual_weight": 0}}
     grpo = {"name": "ar_grpo", "group_size": 4, "rewards": {"function": {"path": "tiny:brightness"}}}
-    plain = {name: {"name": name} for name in ("next_token", "cca", "gft")}
+    plain = {name: {"name": name} for name in ("next_token", "cca", "gft", "guided")}
     for name, method in {"va_pi": va_pi, "ste": ste, "tokenizer_decoder": decoder, "ar_grpo": grpo, **plain}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"method": method, **common}))
     return folder

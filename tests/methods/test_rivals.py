@@ -22,7 +22,7 @@ from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
 from varpi.weights import load_generator
 
-RIVALS = ("ar_grpo", "cca", "gft", "ste")
+RIVALS = ("ar_grpo", "cca", "gft", "guided", "ste")
 
 
 def batch_of(recipe: Recipe, number: int = 0) -> Batch:
@@ -112,6 +112,32 @@ def test_gft_of_beta_one_is_next_token_training(pair: Path) -> None:
         recipe = tiny.recipe(pair, "generator.dropout=0", *settings, method=name)
         losses.append(build(recipe).loss(batch_of(recipe), 0).loss)
     torch.testing.assert_close(*losses)
+
+
+# -- guided
+
+
+def test_guided_by_a_plain_graph(pair: Path) -> None:
+    """Under the frozen start's guided distribution, without gradient to it; null stays null where it was dropped."""
+    recipe = tiny.recipe(
+        pair, "generator.dropout=0", "method.condition_drop=0.5", "method.guidance=2.5", method="guided"
+    )
+    method, batch = build(recipe), batch_of(recipe, 2)
+    with torch.no_grad():
+        for parameter in method.model.parameters():
+            parameter.mul_(1.1)  # no longer the start
+    outcome, dropped = method.loss(batch, 2), method.drop(batch, 2)
+    assert 0 < dropped.sum() < len(dropped)
+    start, targets = load_generator(pair / "generator.safetensors"), method.tokenizer.encode(batch.images)
+    nothing = torch.full_like(batch.condition, 3)
+    condition = torch.where(dropped, nothing, batch.condition)
+    with torch.no_grad():
+        null = start.eval().logits(targets, nothing)
+        guided = (null + 2.5 * (start.logits(targets, condition) - null)).softmax(-1)
+    log_probs = method.model.logits(targets, condition).log_softmax(-1)
+    expected = -(guided * log_probs).sum(-1).mean()
+    torch.testing.assert_close(outcome.loss, expected)
+    torch.testing.assert_close(gradients(outcome.loss, method), gradients(expected, method), atol=1e-6, rtol=1e-4)
 
 
 # -- ste

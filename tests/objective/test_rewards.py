@@ -181,3 +181,90 @@ def test_codes_have_the_rewards_of_their_tokens_and_finite_difference_gradients(
     assert change[1, 2].item() == pytest.approx(-1e-2 * gradients[1, 2, 13, 0].item(), rel=0.2)
     change[1, 2] = 0
     assert change.abs().max() < 1e-6
+
+
+# -- the energy score
+
+
+def test_the_energy_score_by_hand():
+    """Three gray samples 0.3, 0.1, 0 of a black image: roots of squared errors are plain differences."""
+    samples = torch.tensor([[[3] * 4, [1] * 4, [0] * 4]])
+    rewards = score_samples(Decoder(), samples, torch.zeros(1, 3, 2, 2), RewardWeights(1.0, 0.0), energy=True)
+    assert rewards.parts["spread"].tolist() == [pytest.approx([(0.2 + 0.3) / 2, (0.2 + 0.1) / 2, (0.3 + 0.1) / 2])]
+    assert rewards.total.tolist() == [pytest.approx([-0.3 + 0.25, -0.1 + 0.15, 0.2])]
+    assert rewards.parts["mse"].tolist() == [pytest.approx([0.09, 0.01, 0.0])]
+
+
+def test_the_energy_score_weighs_its_distances():
+    """Two samples of either image; 4 x the squared error and 2 x the perceptual distance, below one root."""
+    samples, images = torch.tensor([[[3] * 4, [1] * 4], [[0] * 4, [2] * 4]]), torch.zeros(2, 3, 2, 2)
+    rewards = score_samples(
+        Decoder(), samples, images, RewardWeights(4.0, 2.0), perceptual=MeanColor(), chunk=2, energy=True
+    )
+
+    def root(gap: float) -> float:
+        return (4 * gap**2 + 2 * 3 * gap) ** 0.5
+
+    expected = [[root(0.2) - root(0.3), root(0.2) - root(0.1)], [root(0.2), 0.0]]
+    assert rewards.total.tolist() == [pytest.approx(row, abs=1e-6) for row in expected]
+
+
+def test_the_energy_score_prefers_the_truth_where_a_distance_prefers_the_mean():
+    """An image is black or white, each as often: gray at 0.5 has the least distance, the fair coin the best score."""
+    white = 10
+    images = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 3, 2, 2)
+    coin = torch.tensor([0, white] * 32).reshape(1, 64, 1).expand(2, 64, 4)
+    gray = torch.full((2, 64, 4), white // 2)
+    for energy, best in ((False, gray), (True, coin)):
+        found = {
+            name: score_samples(Decoder(), samples, images, RewardWeights(1.0, 0.0), chunk=64, energy=energy)
+            for name, samples in (("coin", coin), ("gray", gray))
+        }
+        # Each reward has the whole distance to another sample, the score of a distribution half of it.
+        score = {name: (r.total - (r.parts["spread"] / 2 if energy else 0)).mean().item() for name, r in found.items()}
+        assert max(score, key=lambda name: score[name]) == ("gray" if best is gray else "coin")
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 4])
+def test_gradients_of_the_energy_score(group_size: int):
+    """Those of the plain formula, each pair once, by finite differences of none: by autograd of all samples at once."""
+    draws = torch.Generator().manual_seed(0)
+    codes = torch.rand(2, group_size, 3, 2, 2, generator=draws)
+    images = torch.rand(2, 3, 2, 2, generator=draws)
+
+    def decode(piece: Tensor) -> Tensor:
+        return torch.sin(3 * piece)
+
+    weights = RewardWeights(1.5, 0.5)
+    rewards, gradients = score_codes(decode, codes, images, weights, perceptual=MeanColor(), chunk=4, energy=True)
+    given = codes.clone().requires_grad_()
+    seen = decode(given.flatten(0, 1)).unflatten(0, (2, group_size))
+
+    def root(a: Tensor, b: Tensor) -> Tensor:
+        colour = (a.mean(dim=(1, 2)) - b.mean(dim=(1, 2))).abs().sum()
+        return (1.5 * (a - b).square().mean() + 0.5 * colour).sqrt()
+
+    total = torch.zeros(())
+    for b in range(2):
+        for i in range(group_size):
+            total = total + root(seen[b, i], images[b])
+            for j in range(i):
+                total = total - root(seen[b, i], seen[b, j]) / (group_size - 1)
+    (expected,) = torch.autograd.grad(total, given)
+    torch.testing.assert_close(gradients, expected.flatten(3).transpose(2, 3), atol=1e-6, rtol=1e-4)
+    others = [root(seen[0, 0], seen[0, j]) for j in range(1, group_size)]
+    by_hand = sum(others) / len(others) - root(seen[0, 0], images[0])
+    assert rewards.total[0, 0].item() == pytest.approx(float(by_hand.detach()), abs=1e-6)
+
+
+def test_equal_samples_have_finite_gradients():
+    codes = torch.full((1, 2, 3, 2, 2), 0.5)
+    _, gradients = score_codes(lambda c: c, codes, torch.full((1, 3, 2, 2), 0.5), RewardWeights(1.0, 0.0), energy=True)
+    assert gradients.abs().max() == 0
+
+
+@pytest.mark.parametrize(("group_size", "chunk"), [(1, 8), (4, 2)])
+def test_an_energy_score_without_its_group(group_size: int, chunk: int):
+    samples = torch.zeros(1, group_size, 4, dtype=torch.int64)
+    with pytest.raises(VarpiError, match=f"{group_size} must be at least 2 and at most the chunk, {chunk}"):
+        score_samples(Decoder(), samples, torch.zeros(1, 3, 2, 2), RewardWeights(1.0, 0.0), chunk=chunk, energy=True)

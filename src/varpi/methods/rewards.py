@@ -76,10 +76,11 @@ def pixel_rewards(
     perceptual: Perceptual | None,
     *,
     local: bool = False,
+    energy: bool = False,
 ) -> objective.Rewards:
     """Rewards of samples, int64 (B,G,N), against their images (B,3,H,W) in [-1,1], decoded in `reward.precision`.
 
-    local: also their maps, see `objective.score_samples`.
+    local: also their maps. energy: the energy score. See `objective.score_samples`.
     """
     with autocast(images.device, reward.precision):
         return objective.score_samples(
@@ -88,13 +89,20 @@ def pixel_rewards(
             images,
             _weights(reward),
             perceptual=perceptual,
-            chunk=_at_once(reward, images),
+            chunk=_at_once(reward, images, samples.shape[1] if energy else 1),
             local=local,
+            energy=energy,
         )
 
 
 def code_rewards(
-    reward: Reward, tokenizer: Tokenizer, samples: Tensor, images: Tensor, perceptual: Perceptual | None
+    reward: Reward,
+    tokenizer: Tokenizer,
+    samples: Tensor,
+    images: Tensor,
+    perceptual: Perceptual | None,
+    *,
+    energy: bool = False,
 ) -> tuple[objective.Rewards, Tensor]:
     """As `pixel_rewards`, with the errors' gradients at the samples' code vectors, float32 (B,G,N,C)."""
     side = math.isqrt(samples.shape[-1])
@@ -106,13 +114,16 @@ def code_rewards(
             images,
             _weights(reward),
             perceptual=perceptual,
-            chunk=_at_once(reward, images),
+            chunk=_at_once(reward, images, samples.shape[1] if energy else 1),
+            energy=energy,
         )
 
 
-def _at_once(reward: Reward, images: Tensor) -> int:
+def _at_once(reward: Reward, images: Tensor, at_least: int) -> int:
     """`decode_batch`; on a CPU no more than one image of 256x256 or its like in pixels, which its caches want."""
-    return min(reward.decode_batch, max(1, 2**16 // images[0, 0].numel())) if on_cpu(images) else reward.decode_batch
+    if not on_cpu(images):
+        return reward.decode_batch
+    return min(reward.decode_batch, max(at_least, 2**16 // images[0, 0].numel()))
 
 
 def _weights(reward: Reward) -> objective.RewardWeights:

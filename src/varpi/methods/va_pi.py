@@ -5,8 +5,9 @@
 
 Beyond the paper, each a setting: `credit: local` gives every token its own advantage, `estimator: first_order` takes
 the error's gradient at the decoded codes in place of the policy term (`both`: beside it, unbiased), `baseline` and
-`scale_by_std` change the advantage, `context_noise_source: model` draws the noise from the generator itself, `prior:
-guided` distils guidance into the prior.
+`scale_by_std` change the advantage, `score: energy` does not reward the mean of what an image could be,
+`context_noise_source: model` draws the noise from the generator itself, `prior: guided` distils guidance into the
+prior.
 
 What it leaves out of the released code: repeating each image G times through the transformer (all G samples share
 one context, so one set of logits serves them all), and the reference model that the released code runs without using.
@@ -55,6 +56,10 @@ class Settings(MethodSection):
     """How the reward reaches the logits: by the clipped policy gradient (Eq. 11); as the expected error, linear in the
     decoded code vectors (`varpi.objective.first_order_loss`); or by both, the second a control variate of the first,
     which leaves the gradient unbiased (`varpi.objective.residual_advantages`)."""
+    score: Literal["distance", "energy"] = "distance"
+    """What a reward is: minus a sample's distance to its image (Eq. 10), which the mean of all that the image could be
+    does best by; or the energy score, which adds the distance to the image's other samples, of both the roots
+    (`varpi.objective.score_samples`)."""
     credit: Literal["image", "local", "mixed"] = "image"
     """Of the policy estimator: advantages by image (Eq. 4), by token from the error around it, or the mean of both."""
     baseline: Baseline = "group_mean"
@@ -110,6 +115,16 @@ class Settings(MethodSection):
             for name in ("baseline", "scale_by_std", "advantage_clip"):
                 if (value := getattr(self, name)) != default[name].default:
                     raise ValueError(f"{name} is {value}, which is for estimator policy; estimator is {self.estimator}")
+        if self.score == "energy":
+            if self.credit != "image":
+                raise ValueError(f"credit is {self.credit}, but score energy has no error at a place")
+            if not 2 <= self.group_size <= self.reward.decode_batch:
+                raise ValueError(
+                    f"score energy compares an image's samples, decoded together: group_size is {self.group_size}; "
+                    f"it must be at least 2 and at most reward.decode_batch, {self.reward.decode_batch}"
+                )
+            if self.estimator == "both":
+                raise ValueError("score is energy, where a reward depends on the other samples; estimator is both")
         if self.estimator == "both":
             if self.credit != "image":
                 raise ValueError(f"credit is {self.credit}, but the estimator both has advantages by image alone")
@@ -209,14 +224,15 @@ class VaPi(GeneratorMethod):
         samples = self._sample(logits, batch, step)
         rollout = Rollout(targets, context, condition, samples)
         scored = settings.reward, self.tokenizer, samples, batch.images, self.perceptual
+        energy = settings.score == "energy"
         with self.stages("reward"):
             if settings.estimator != "policy":
-                rewards, rollout.gradients = code_rewards(*scored)
+                rewards, rollout.gradients = code_rewards(*scored, energy=energy)
                 if settings.estimator == "both":
                     vectors = self.tokenizer.code_vectors()[samples]
                     rollout.advantages = objective.residual_advantages(rewards.total, rollout.gradients, vectors)
             else:
-                rewards = pixel_rewards(*scored, local=settings.credit != "image")
+                rewards = pixel_rewards(*scored, local=settings.credit != "image", energy=energy)
                 rollout.advantages = self._advantages(rewards)
         if settings.compat.rollout_in_eval:
             rollout.old_log_probs = objective.token_log_probs(logits, samples)

@@ -59,9 +59,10 @@ class Rewards:
     """Rewards of a batch of groups."""
 
     total: Tensor
-    """float32 (B,G): minus the weighted sum of the parts; higher is better."""
+    """float32 (B,G): minus the weighted sum of the distances, or the energy score; higher is better."""
     parts: dict[str, Tensor]
-    """"mse", "perceptual", "l1": the unweighted distances, each float32 (B,G); only those of weight > 0."""
+    """"mse", "perceptual", "l1": the unweighted distances, each float32 (B,G); only those of weight > 0. With the
+    energy score also "spread", from a sample to the others of its image."""
     maps: Tensor | None = None
     """float32 (B,G,N), where asked for: the total's share of each token's place in the grid."""
 
@@ -76,8 +77,15 @@ def score_samples(
     perceptual: Perceptual | None = None,
     chunk: int = 8,
     local: bool = False,
+    energy: bool = False,
 ) -> Rewards:
     """Decode each sample and score it against its image.
+
+    By Eq. 10: minus the weighted distances. That is best for a generator that always draws the mean of what the image
+    could be, a smooth one. `energy` takes the energy score instead (Gneiting and Raftery 2007, Eq. 21), by which, of
+    all distributions of whole images, the true one is best:
+
+        -r(sample, image) + mean over the image's other samples of r(sample, other),  r: root of the weighted distances
 
     A chunk of sequences is decoded, scored and dropped before the next, so memory does not grow with B or G. An image's
     own perceptual maps are computed once and serve its G samples. Decoded images are not clamped, as in the
@@ -92,6 +100,7 @@ def score_samples(
         chunk: the largest number of sequences decoded at once, >= 1.
         local: also give the rewards' maps: the errors at every pixel, and at every place of each perceptual layer,
             brought to the grid of tokens by area (a coarser layer counts for all the tokens that a place covers).
+        energy: the energy score, which has no maps, and wants a chunk of G at least.
 
     Returns:
         Rewards.
@@ -99,13 +108,17 @@ def score_samples(
     Raises:
         VarpiError: chunk below 1, a perceptual weight without a perceptual distance, decoded images of another size.
     """
-    active = _checked(samples.shape[0], images, weights, perceptual, chunk)
     batch, group_size, num_tokens = samples.shape
-    parts = {name: torch.empty(batch, group_size, device=images.device) for name in active}
+    active = _checked(batch, images, weights, perceptual, chunk, group_size if energy else None)
+    named = [*active, "spread"] if energy else [*active]
+    parts = {name: torch.empty(batch, group_size, device=images.device) for name in named}
     maps = torch.zeros(batch, group_size, num_tokens, device=images.device) if local else None
     for rows, columns, target in _pieces(images, group_size, weights, perceptual, chunk):
         piece = samples[rows, columns]
-        found, errors = _errors(decode(piece.flatten(0, 1)), target, weights, perceptual, local=local)
+        together = group_size if energy else None
+        found, errors = _errors(
+            decode(piece.flatten(0, 1)), target, weights, perceptual, local=local, group_size=together
+        )
         for name, values in found.items():
             parts[name][rows, columns] = values.unflatten(0, piece.shape[:2])
         if maps is not None:
@@ -122,30 +135,36 @@ def score_codes(
     *,
     perceptual: Perceptual | None = None,
     chunk: int = 8,
+    energy: bool = False,
 ) -> tuple[Rewards, Tensor]:
     """As `score_samples`, from the code vectors that tokens stand for, with the error's gradient at each of them.
 
     Args:
         decode: codes (M,C,h,w) -> images (M,3,H,W), nominally in [-1,1], differentiable.
         codes: (B,G,C,h,w).
-        images, weights, perceptual, chunk: as for `score_samples`.
+        images, weights, perceptual, chunk, energy: as for `score_samples`.
 
     Returns:
-        Rewards, and float32 (B,G,N,C): the gradient of each sample's error, minus its reward, N = h w row-major.
+        Rewards, and float32 (B,G,N,C): the gradient of each sample's error, minus its reward, N = h w row-major. With
+        `energy` it is that of the group's mean reward, in which the distance of two samples counts once, times G.
 
     Raises:
         VarpiError: as `score_samples`.
     """
-    active = _checked(codes.shape[0], images, weights, perceptual, chunk)
     batch, group_size, width, *grid = codes.shape
-    parts = {name: torch.empty(batch, group_size, device=images.device) for name in active}
+    active = _checked(batch, images, weights, perceptual, chunk, group_size if energy else None)
+    named = [*active, "spread"] if energy else [*active]
+    parts = {name: torch.empty(batch, group_size, device=images.device) for name in named}
     gradients = torch.empty(batch, group_size, math.prod(grid), width, device=images.device)
     for rows, columns, target in _pieces(images, group_size, weights, perceptual, chunk):
         with torch.enable_grad():
             piece = codes[rows, columns].detach().requires_grad_()
-            found, _ = _errors(decode(piece.flatten(0, 1)), target, weights, perceptual, local=False)
-            # Samples do not mix, so the gradient of their sum holds each one's own.
-            (gradient,) = torch.autograd.grad(-_total(found, active).sum(), piece)
+            together = group_size if energy else None
+            found, _ = _errors(
+                decode(piece.flatten(0, 1)), target, weights, perceptual, local=False, group_size=together
+            )
+            # Samples do not mix, so the gradient of their sum holds each one's own; the distance of two is in it twice.
+            (gradient,) = torch.autograd.grad(-_total(found, active, of_spread=0.5).sum(), piece)
         gradients[rows, columns] = gradient.float().flatten(3).transpose(2, 3)
         for name, values in found.items():
             parts[name][rows, columns] = values.detach().unflatten(0, piece.shape[:2])
@@ -160,9 +179,19 @@ class _Target(NamedTuple):
 
 
 def _checked(
-    batch: int, images: Tensor, weights: RewardWeights, perceptual: Perceptual | None, chunk: int
+    batch: int,
+    images: Tensor,
+    weights: RewardWeights,
+    perceptual: Perceptual | None,
+    chunk: int,
+    group_size: int | None,
 ) -> dict[str, float]:
-    """The weights of the distances to compute."""
+    """The weights of the distances to compute. group_size: with the energy score."""
+    if group_size is not None and not 2 <= group_size <= chunk:
+        raise VarpiError(
+            f"score_samples: the energy score compares an image's samples, which are decoded together: {group_size} "
+            f"must be at least 2 and at most the chunk, {chunk}"
+        )
     if chunk < 1:
         raise VarpiError(f"score_samples: chunk is {chunk}; it must be >= 1")
     if weights.perceptual > 0 and perceptual is None:
@@ -187,9 +216,18 @@ def _pieces(
 
 
 def _errors(
-    decoded: Tensor, target: _Target, weights: RewardWeights, perceptual: Perceptual | None, *, local: bool
+    decoded: Tensor,
+    target: _Target,
+    weights: RewardWeights,
+    perceptual: Perceptual | None,
+    *,
+    local: bool,
+    group_size: int | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Distances (n,) of decoded images (n,3,H,W) to targets, by name; and with `local` weighted maps (n,h,w)."""
+    """Distances (n,) of decoded images (n,3,H,W) to targets, by name; and with `local` weighted maps (n,h,w).
+
+    group_size: also the mean root of the distance to the others of each group of so many.
+    """
     decoded = decoded.float()
     if decoded.shape[1:] != target.images.shape[1:]:
         raise VarpiError(
@@ -197,7 +235,7 @@ def _errors(
             f"{tuple(target.images.shape[1:])}; the image size must fit the token grid"
         )
     error = (decoded.unflatten(0, (len(target.images), -1)) - target.images.unsqueeze(1)).flatten(0, 1)
-    parts, errors = {}, []
+    parts, errors, seen = {}, [], None
     if weights.mse > 0:
         parts["mse"] = error.square().mean(dim=(1, 2, 3))
     if weights.l1 > 0:
@@ -209,14 +247,47 @@ def _errors(
         parts["perceptual"] = perceptual.distance(seen, target.maps)
         if local:
             errors += [weights.perceptual * layer for layer in perceptual.error_maps(seen, target.maps)]
+    if group_size is not None:
+        parts["spread"] = _spread(decoded, seen, group_size, weights, perceptual)
     return parts, errors
 
 
-def _total(parts: Mapping[str, Tensor], active: Mapping[str, float]) -> Tensor:
-    total = torch.zeros_like(next(iter(parts.values())))
-    for name, weight in active.items():
-        total = total - weight * parts[name]
-    return total
+def _spread(
+    decoded: Tensor,
+    maps: Sequence[Tensor] | None,
+    group_size: int,
+    weights: RewardWeights,
+    perceptual: Perceptual | None,
+) -> Tensor:
+    """The mean root of the distances of decoded images (n,3,H,W) to the others of their group: (n,)."""
+
+    def turned(values: Tensor, by: int) -> Tensor:
+        return values.unflatten(0, (-1, group_size)).roll(by, 1).flatten(0, 1)
+
+    spread = torch.zeros(len(decoded), device=decoded.device)
+    for by in range(1, group_size // 2 + 1):
+        others = _Target(turned(decoded, by), None if maps is None else [turned(layer, by) for layer in maps])
+        error = decoded - others.images
+        found = {"mse": error.square().mean(dim=(1, 2, 3)), "l1": error.abs().mean(dim=(1, 2, 3))}
+        if perceptual is not None and maps is not None and others.maps is not None:
+            found["perceptual"] = perceptual.distance(maps, others.maps)
+        root = _root(sum(weight * found[name] for name, weight in vars(weights).items() if weight > 0))
+        spread = spread + root
+        if 2 * by != group_size:  # else each pair has been met from both sides
+            spread = spread + turned(root, -by)
+    return spread / (group_size - 1)
+
+
+def _root(distance: Tensor | int) -> Tensor:
+    """Of a distance that may be 0, where the root has no gradient: there it is taken as 0."""
+    assert isinstance(distance, Tensor)
+    return torch.where(distance > 0, distance, 1.0).sqrt() * (distance > 0)
+
+
+def _total(parts: Mapping[str, Tensor], active: Mapping[str, float], of_spread: float = 1.0) -> Tensor:
+    distance = sum(weight * parts[name] for name, weight in active.items())
+    assert isinstance(distance, Tensor)
+    return -distance if "spread" not in parts else of_spread * parts["spread"] - _root(distance)
 
 
 def _to_grid(errors: Tensor, side: int) -> Tensor:

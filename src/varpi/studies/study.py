@@ -475,8 +475,9 @@ class _Part:
 def _kept(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides what comes of it, but for what it begins with and its seed."""
     values = flatten(recipe.model_dump(mode="json", exclude={"logging", "preview"}))
-    if values["training.ema"] is None:
-        del values["training.ema"]  # it is younger than studies that go on
+    for key, plain in {"training.ema": None, "method.score": "distance"}.items():  # younger than studies that go on
+        if values.get(key, ...) == plain:
+            del values[key]
     return {key: value for key, value in values.items() if key not in FREE | OWN}
 
 
