@@ -119,6 +119,7 @@ def test_its_page_shows_the_tokenizer_before(pair: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("varpi.report.run.draw_samples", draw)
     monkeypatch.setattr("varpi.report.run.write_page", lambda *_: None)
+    monkeypatch.setattr("varpi.report.run.before_after", lambda *_: None)
     report_run(run, each=1, device="cpu")
     assert same(drawn["before"], load_tokenizer(pair / "tokenizer.safetensors").state_dict())
     assert same(drawn["after"], load_tokenizer(run).state_dict())

@@ -6,7 +6,7 @@ In the order of a step: corrupt -> sample_tokens -> score_samples -> group_advan
 from varpi.objective.advantages import group_advantages, local_advantages
 from varpi.objective.corruption import corrupt
 from varpi.objective.first_order import first_order_loss, residual_advantages
-from varpi.objective.guided import guide, guided_prior
+from varpi.objective.guidance import guide, guided_prior
 from varpi.objective.losses import entropy, kl_prior, policy_loss, prior_loss, token_log_probs
 from varpi.objective.rewards import Perceptual, Rewards, RewardWeights, score_codes, score_samples
 from varpi.objective.rollout import sample_tokens

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from varpi.errors import VarpiError
-from varpi.objective.guided import guide, guided_prior
+from varpi.objective.guidance import guide, guided_prior
 
 
 def test_guidance_is_the_samplers_formula():
