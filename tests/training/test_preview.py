@@ -160,9 +160,12 @@ def test_a_run_that_only_watches_gives_back_its_last_weights(
 
     watching = tiny.recipe(pair, "validation.every=2", "validation.best_by=null")
     found = iter([{"loss": float(i), "reward": -float(i)} for i in range(3)])
+    note, best = Validator.note, list[bool]()
     with monkeypatch.context() as patch:
         patch.setattr(Validator, "measure", lambda self, method: next(found))
+        patch.setattr(Validator, "note", lambda self, at, said: (best.append(note(self, at, said)), best[-1])[1])
         seen = quiet(watching, tmp_path / "seen")
+    assert best == [False] * 3  # nothing is written for them
     assert same(weights(seen), weights(quiet(tiny.recipe(pair), tmp_path / "plain")))
     assert [row["validation_loss"] for row in read_metrics(seen) if "validation_loss" in row] == [0, 1, 2]
     before = (seen / "model.safetensors").stat().st_mtime_ns
