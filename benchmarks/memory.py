@@ -34,6 +34,7 @@ from torchvision.models import vgg16
 from varpi.data.classes import wordnet_ids
 from varpi.generators import LlamaGenConfig
 from varpi.recipe import Recipe, load_recipe
+from varpi.runtime.memory import give_back_freed_memory
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import save_generator, save_tokenizer
 
@@ -111,6 +112,7 @@ def measure(folder: Path, name: str, settings: list[str], device: str) -> dict[s
 
     recipe = load_recipe(name, settings)
     train(_warm_up(folder), folder / "warm-up", device=device, show=False)
+    give_back_freed_memory()
     reset_peak(device)
     before = 0.0 if device.startswith("cuda") else peak_gib(device)
     train(recipe, folder / "run", device=device, show=False)

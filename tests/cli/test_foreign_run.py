@@ -50,6 +50,7 @@ def train_and_export(
         f"method.reward.perceptual_weights={trunk}",
         "method.group_size=2",
         "training.steps=2",
+        "validation=null",
         *settings,
     ):
         command += ["--set", setting]
