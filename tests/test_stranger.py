@@ -152,7 +152,5 @@ def _loads_in(checkout: Path, home: Path) -> None:
     ours: Any = load_generator(home / "given/model.safetensors")
     tokens, classes = torch.randint(GENERATOR.vocab_size, (2, GENERATOR.grid**2)), torch.tensor([7, 207])
     with torch.no_grad():
-        logits, _ = theirs(idx=tokens[:, :-1], cond_idx=classes, targets=None)
-        torch.testing.assert_close(
-            logits[:, -tokens.shape[1] :], ours.eval().logits(tokens, classes), atol=2e-4, rtol=1e-4
-        )
+        logits, _ = theirs(idx=tokens[:, :-1], cond_idx=classes, input_pos=torch.arange(tokens.shape[1]))
+        torch.testing.assert_close(logits, ours.eval().logits(tokens, classes), atol=2e-4, rtol=1e-4)
