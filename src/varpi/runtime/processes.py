@@ -97,9 +97,15 @@ class World:
 
 
 def choose_device(device: str | None) -> str:
-    """`device`, or when it is None CUDA where there is any; raises VarpiError unless this machine has it."""
+    """`device`, or when it is None CUDA where there is any; raises VarpiError unless this machine has it.
+
+    A process that is to compute on the CPU keeps the memory that it frees from now on.
+    """
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+        return device
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise VarpiError(f"device {device!r}: must be cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
@@ -112,8 +118,6 @@ def choose_device(device: str | None) -> str:
 def find_world(device: str | None) -> World:
     """The processes that torchrun started, which need not meet: this one's place among them. `device` as below."""
     device = choose_device(device)
-    if device == "cpu":
-        keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, device)
