@@ -34,7 +34,11 @@ TOKENIZER = VQConfig(
     downsample=16, channels=32, latent_channels=32, codebook_size=16384, encoder_blocks=1, decoder_blocks=1
 )
 PHOTOGRAPHS = 47
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone to clone")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone to clone"),
+]
 
 
 @pytest.fixture
