@@ -159,8 +159,8 @@ MUTANTS = [
     Mutant(
         "the squared error is a sum",
         "objective/rewards.py",
-        'parts["mse"] = error.square().mean(dim=(1, 2, 3))',
-        'parts["mse"] = error.square().sum(dim=(1, 2, 3))',
+        'found["mse"] = error.square().mean(dim=(1, 2, 3))',
+        'found["mse"] = error.square().sum(dim=(1, 2, 3))',
         "objective/test_rewards.py",
     ),
     Mutant(
@@ -173,8 +173,8 @@ MUTANTS = [
     Mutant(
         "the absolute error is signed",
         "objective/rewards.py",
-        'parts["l1"] = error.abs().mean(dim=(1, 2, 3))',
-        'parts["l1"] = error.mean(dim=(1, 2, 3))',
+        'found["l1"] = error.abs().mean(dim=(1, 2, 3))',
+        'found["l1"] = error.mean(dim=(1, 2, 3))',
         "objective/test_rewards.py",
     ),
     Mutant(

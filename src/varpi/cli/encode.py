@@ -8,6 +8,9 @@ from typing import Any
 from varpi.cli.options import add_class_names, add_device, command, digest, say
 from varpi.errors import VarpiError
 
+T5 = "google/flan-t5-xl"
+"""LlamaGen's text encoder."""
+
 
 def add(commands: Any) -> None:
     group = command(
@@ -50,7 +53,7 @@ def add(commands: Any) -> None:
         "under torchrun every process encodes its share.",
     )
     parser.add_argument("data", metavar="DATA", help="tar shards, jsonl files, HF dataset, parquet, or Hub id")
-    parser.add_argument("--text-encoder", default="google/flan-t5-xl", help="T5 directory or Hub id (%(default)s)")
+    parser.add_argument("--text-encoder", default=T5, help="T5 directory or Hub id (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=120, help="a caption's longest (default: %(default)s)")
     parser.add_argument(
         "--caption-column", action="append", metavar="NAME", help="in order of preference; may be repeated"

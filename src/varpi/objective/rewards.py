@@ -109,13 +109,12 @@ def score_samples(
         VarpiError: chunk below 1, a perceptual weight without a perceptual distance, decoded images of another size.
     """
     batch, group_size, num_tokens = samples.shape
-    active = _checked(batch, images, weights, perceptual, chunk, group_size if energy else None)
-    named = [*active, "spread"] if energy else [*active]
+    together = group_size if energy else None
+    named = _checked(batch, images, weights, perceptual, chunk, together)
     parts = {name: torch.empty(batch, group_size, device=images.device) for name in named}
     maps = torch.zeros(batch, group_size, num_tokens, device=images.device) if local else None
     for rows, columns, target in _pieces(images, group_size, weights, perceptual, chunk):
         piece = samples[rows, columns]
-        together = group_size if energy else None
         found, errors = _errors(
             decode(piece.flatten(0, 1)), target, weights, perceptual, local=local, group_size=together
         )
@@ -124,7 +123,7 @@ def score_samples(
         if maps is not None:
             on_grid = torch.stack([_to_grid(error, math.isqrt(num_tokens)) for error in errors]).sum(dim=0)
             maps[rows, columns] = -on_grid.unflatten(0, piece.shape[:2])
-    return Rewards(_total(parts, active), parts, maps)
+    return Rewards(_total(parts, weights), parts, maps)
 
 
 def score_codes(
@@ -152,23 +151,22 @@ def score_codes(
         VarpiError: as `score_samples`.
     """
     batch, group_size, width, *grid = codes.shape
-    active = _checked(batch, images, weights, perceptual, chunk, group_size if energy else None)
-    named = [*active, "spread"] if energy else [*active]
+    together = group_size if energy else None
+    named = _checked(batch, images, weights, perceptual, chunk, together)
     parts = {name: torch.empty(batch, group_size, device=images.device) for name in named}
     gradients = torch.empty(batch, group_size, math.prod(grid), width, device=images.device)
     for rows, columns, target in _pieces(images, group_size, weights, perceptual, chunk):
         with torch.enable_grad():
             piece = codes[rows, columns].detach().requires_grad_()
-            together = group_size if energy else None
             found, _ = _errors(
                 decode(piece.flatten(0, 1)), target, weights, perceptual, local=False, group_size=together
             )
             # Samples do not mix, so the gradient of their sum holds each one's own; the distance of two is in it twice.
-            (gradient,) = torch.autograd.grad(-_total(found, active, of_spread=0.5).sum(), piece)
+            (gradient,) = torch.autograd.grad(-_total(found, weights, of_spread=0.5).sum(), piece)
         gradients[rows, columns] = gradient.float().flatten(3).transpose(2, 3)
         for name, values in found.items():
             parts[name][rows, columns] = values.detach().unflatten(0, piece.shape[:2])
-    return Rewards(_total(parts, active), parts), gradients
+    return Rewards(_total(parts, weights), parts), gradients
 
 
 class _Target(NamedTuple):
@@ -185,8 +183,8 @@ def _checked(
     perceptual: Perceptual | None,
     chunk: int,
     group_size: int | None,
-) -> dict[str, float]:
-    """The weights of the distances to compute. group_size: with the energy score."""
+) -> list[str]:
+    """The names of the parts. group_size: with the energy score."""
     if group_size is not None and not 2 <= group_size <= chunk:
         raise VarpiError(
             f"score_samples: the energy score compares an image's samples, which are decoded together: {group_size} "
@@ -198,7 +196,8 @@ def _checked(
         raise VarpiError(f"reward weight perceptual is {weights.perceptual}, but no perceptual distance was given")
     if images.shape[0] != batch:
         raise VarpiError(f"score_samples: samples of {batch} images, but {images.shape[0]} images")
-    return {name: weight for name, weight in vars(weights).items() if weight > 0}
+    active = [name for name, weight in vars(weights).items() if weight > 0]
+    return active if group_size is None else [*active, "spread"]
 
 
 def _pieces(
@@ -235,21 +234,33 @@ def _errors(
             f"{tuple(target.images.shape[1:])}; the image size must fit the token grid"
         )
     error = (decoded.unflatten(0, (len(target.images), -1)) - target.images.unsqueeze(1)).flatten(0, 1)
-    parts, errors, seen = {}, [], None
-    if weights.mse > 0:
-        parts["mse"] = error.square().mean(dim=(1, 2, 3))
-    if weights.l1 > 0:
-        parts["l1"] = error.abs().mean(dim=(1, 2, 3))
+    seen = None if perceptual is None or target.maps is None else perceptual.maps(decoded)
+    parts, errors = _distances(error, seen, target.maps, weights, perceptual), []
     if local:
         errors = [weights.mse * error.square().mean(dim=1), weights.l1 * error.abs().mean(dim=1)]
-    if perceptual is not None and target.maps is not None:
-        seen = perceptual.maps(decoded)
-        parts["perceptual"] = perceptual.distance(seen, target.maps)
-        if local:
+        if perceptual is not None and seen is not None and target.maps is not None:
             errors += [weights.perceptual * layer for layer in perceptual.error_maps(seen, target.maps)]
     if group_size is not None:
         parts["spread"] = _spread(decoded, seen, group_size, weights, perceptual)
     return parts, errors
+
+
+def _distances(
+    error: Tensor,
+    maps: Sequence[Tensor] | None,
+    others: Sequence[Tensor] | None,
+    weights: RewardWeights,
+    perceptual: Perceptual | None,
+) -> dict[str, Tensor]:
+    """Those of weight > 0, (n,) by name, from differences (n,3,H,W) and both sides' perceptual maps."""
+    found = {}
+    if weights.mse > 0:
+        found["mse"] = error.square().mean(dim=(1, 2, 3))
+    if weights.l1 > 0:
+        found["l1"] = error.abs().mean(dim=(1, 2, 3))
+    if perceptual is not None and maps is not None and others is not None:
+        found["perceptual"] = perceptual.distance(maps, others)
+    return found
 
 
 def _spread(
@@ -266,27 +277,28 @@ def _spread(
 
     spread = torch.zeros(len(decoded), device=decoded.device)
     for by in range(1, group_size // 2 + 1):
-        others = _Target(turned(decoded, by), None if maps is None else [turned(layer, by) for layer in maps])
-        error = decoded - others.images
-        found = {"mse": error.square().mean(dim=(1, 2, 3)), "l1": error.abs().mean(dim=(1, 2, 3))}
-        if perceptual is not None and maps is not None and others.maps is not None:
-            found["perceptual"] = perceptual.distance(maps, others.maps)
-        root = _root(sum(weight * found[name] for name, weight in vars(weights).items() if weight > 0))
+        others = None if maps is None else [turned(layer, by) for layer in maps]
+        found = _distances(decoded - turned(decoded, by), maps, others, weights, perceptual)
+        root = _root(_weighted(found, weights))
         spread = spread + root
         if 2 * by != group_size:  # else each pair has been met from both sides
             spread = spread + turned(root, -by)
     return spread / (group_size - 1)
 
 
-def _root(distance: Tensor | int) -> Tensor:
-    """Of a distance that may be 0, where the root has no gradient: there it is taken as 0."""
+def _weighted(parts: Mapping[str, Tensor], weights: RewardWeights) -> Tensor:
+    distance = sum(weight * parts[name] for name, weight in vars(weights).items() if weight > 0)
     assert isinstance(distance, Tensor)
+    return distance
+
+
+def _root(distance: Tensor) -> Tensor:
+    """Of a distance that may be 0, where the root has no gradient: there it is taken as 0."""
     return torch.where(distance > 0, distance, 1.0).sqrt() * (distance > 0)
 
 
-def _total(parts: Mapping[str, Tensor], active: Mapping[str, float], of_spread: float = 1.0) -> Tensor:
-    distance = sum(weight * parts[name] for name, weight in active.items())
-    assert isinstance(distance, Tensor)
+def _total(parts: Mapping[str, Tensor], weights: RewardWeights, of_spread: float = 1.0) -> Tensor:
+    distance = _weighted(parts, weights)
     return -distance if "spread" not in parts else of_spread * parts["spread"] - _root(distance)
 
 

@@ -31,7 +31,7 @@ def keep_freed_memory() -> None:
     """From now on this process keeps up to 2 GiB of the main memory that it frees, for what it takes next.
 
     glibc gives large blocks back to the system at once, and the system clears every page of those that it hands out
-    again: a tenth of the time of a decoder on a CPU. Does nothing elsewhere.
+    again: a twelfth of the time of a decoder on a CPU. Does nothing elsewhere.
     """
     if (mallopt := _of_glibc("mallopt")) is not None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks are not pages of their own
