@@ -100,6 +100,7 @@ def test_from_a_clone_to_llamagen(tmp_path: Path, timed: Any) -> None:
                     found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
                 )
                 page = browser.visit(address)
+                page.wait("document.documentElement.dataset.alive")
                 page.click("document.querySelector('#generate')")
                 page.wait("document.querySelector('#drawn-status').innerText.startsWith('Done')", 120)
                 page.close()

@@ -93,6 +93,13 @@ def slow(ground: Playground, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+def visit(browser: Browser, url: str, width: int = 1280) -> Page:
+    """A new visitor's page that has come to life."""
+    page = browser.visit(url, width)
+    page.wait("document.documentElement.dataset.alive === 'yes'")
+    return page
+
+
 def button(text: str) -> str:
     return f"[...document.querySelectorAll('button')].find(e => e.innerText === {json.dumps(text)} && e.offsetParent)"
 
@@ -151,7 +158,7 @@ def clean(page: Page, url: str) -> None:
 def test_both_draw_from_one_seed_row_by_row(
     browser: Browser, url: str, ground: Playground, slow: list[int], width: int
 ) -> None:
-    page = browser.visit(url, width)
+    page = visit(browser, url, width)
     set_seed(page, 7)
     generate(page)
     page.wait(f"{STATUS} === 'Row 1 of 4: class 0 · a, seed 7.'")
@@ -178,7 +185,7 @@ def test_both_draw_from_one_seed_row_by_row(
 
 
 def test_the_settings_arrive(browser: Browser, url: str, ground: Playground) -> None:
-    page = browser.visit(url)
+    page = visit(browser, url)
     choose(page, field("Class"), "1 · b & c")
     page.click("[...document.querySelectorAll('button')].find(e => e.innerText.startsWith('How tokens are drawn'))")
     for label, value in (("Guidance scale", "2.5"), ("Temperature", "0.8"), ("Top-k", "9"), ("Top-p", "0.7")):
@@ -195,8 +202,15 @@ def test_the_settings_arrive(browser: Browser, url: str, ground: Playground) -> 
     clean(page, url)
 
 
+def test_buttons_take_no_click_until_the_page_listens(browser: Browser, url: str) -> None:
+    page = visit(browser, url)
+    look = "getComputedStyle(document.querySelector('#generate')).pointerEvents"
+    assert page.see(look) == "auto"
+    assert page.see(f"delete document.documentElement.dataset.alive && {look}") == "none"
+
+
 def test_a_missing_seed_is_said_in_words(browser: Browser, url: str) -> None:
-    page = browser.visit(url)
+    page = visit(browser, url)
     page.wait(field("Seed"))
     page.see(f"(() => {{ const e = {field('Seed')}; e.focus(); e.select() }})()")
     page.call("Input.dispatchKeyEvent", type="keyDown", key="Delete", code="Delete", windowsVirtualKeyCode=46)
@@ -206,7 +220,7 @@ def test_a_missing_seed_is_said_in_words(browser: Browser, url: str) -> None:
 
 
 def test_two_visitors_do_not_mix(browser: Browser, url: str, ground: Playground, slow: list[int]) -> None:
-    pages = [browser.visit(url) for _ in range(2)]
+    pages = [visit(browser, url) for _ in range(2)]
     for page, seed in zip(pages, (11, 12), strict=True):
         set_seed(page, seed)
     for page in pages:
@@ -220,7 +234,7 @@ def test_two_visitors_do_not_mix(browser: Browser, url: str, ground: Playground,
 
 @pytest.mark.parametrize("how", ["stopped", "left"])
 def test_what_is_cancelled_is_not_drawn(browser: Browser, url: str, slow: list[int], how: str) -> None:
-    page = browser.visit(url)
+    page = visit(browser, url)
     generate(page)
     page.wait(f"{STATUS}.startsWith('Row 1')")
     if how == "stopped":
@@ -233,7 +247,7 @@ def test_what_is_cancelled_is_not_drawn(browser: Browser, url: str, slow: list[i
     assert drawn < 15  # of the 15 that would follow the first token
     time.sleep(2)
     assert len(slow) == drawn
-    other = browser.visit(url)  # the next one is served at once
+    other = visit(browser, url)  # the next one is served at once
     generate(other)
     other.wait(f"{STATUS}.startsWith('Row 1')")
     other.click("document.querySelector('#stop')")
@@ -244,7 +258,7 @@ def test_a_full_queue_is_said(
 ) -> None:
     monkeypatch.setattr(app, "QUEUE", 1)
     with serving(ground, studies) as (url, _):
-        pages = [browser.visit(url) for _ in range(3)]
+        pages = [visit(browser, url) for _ in range(3)]
         generate(pages[0])
         pages[0].wait(f"{STATUS}.startsWith('Row 1')")
         for page in pages[1:]:
@@ -259,17 +273,12 @@ def test_a_full_queue_is_said(
 
 
 def open_tab(page: Page, name: str) -> None:
-    """Click until the page, which may still be coming to life, has understood."""
     tab = (
         f"[...document.querySelectorAll('button[role=tab]')].find(e => e.innerText.includes({json.dumps(name)}) && "
         "e.offsetParent && getComputedStyle(e).visibility === 'visible')"
     )
-    for _ in range(40):
-        page.click(tab)
-        if page.see(f"{tab}.getAttribute('aria-selected')") == "true":
-            return
-        time.sleep(0.25)
-    raise AssertionError(f"the tab {name!r} does not open")
+    page.click(tab)
+    page.wait(f"{tab}.getAttribute('aria-selected') === 'true'")
 
 
 def give(page: Page, file: Path) -> None:
@@ -292,7 +301,7 @@ def test_a_picture_of_ones_own(browser: Browser, served: tuple[str, Path], tmp_p
     url, folder = served
     pixels = np.random.default_rng(3).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "mine.png")
-    page = browser.visit(url, width)
+    page = visit(browser, url, width)
     give(page, tmp_path / "mine.png")
     step_status(page, "The picture is here, cut to 16x16 pixels.")
     assert kept(folder) == []
@@ -316,7 +325,7 @@ def test_a_picture_of_ones_own(browser: Browser, served: tuple[str, Path], tmp_p
 
 def test_by_the_other_player(browser: Browser, url: str, tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "teal").save(tmp_path / "mine.png")
-    page = browser.visit(url)
+    page = visit(browser, url)
     give(page, tmp_path / "mine.png")
     step_status(page, "The picture is here")
     page.click("[...document.querySelectorAll('input[type=radio]')].find(e => e.offsetParent)")
@@ -328,7 +337,7 @@ def test_bad_files_are_refused_and_not_kept(browser: Browser, served: tuple[str,
     url, folder = served
     (tmp_path / "bad.png").write_bytes(b"\x89PNG and nothing that belongs to it")
     Image.new("1", (6000, 4001)).save(tmp_path / "large.png")
-    page = browser.visit(url)
+    page = visit(browser, url)
     give(page, tmp_path / "bad.png")
     step_status(page, "the picture: unreadable image")
     give(page, tmp_path / "large.png")
@@ -343,7 +352,7 @@ def test_bad_files_are_refused_and_not_kept(browser: Browser, served: tuple[str,
 def test_a_file_of_too_many_bytes_is_refused(browser: Browser, served: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = served
     (tmp_path / "heavy.png").write_bytes(bytes(10 * 2**20 + 1))
-    page = browser.visit(url)
+    page = visit(browser, url)
     give(page, tmp_path / "heavy.png")
     page.wait("document.body.innerText.includes('maximum allowed size') || document.body.innerText.includes('exceed')")
     assert kept(folder) == []
@@ -354,7 +363,7 @@ def test_a_file_of_too_many_bytes_is_refused(browser: Browser, served: tuple[str
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_studies_are_shown_as_their_own_page(browser: Browser, url: str, studies: Path, width: int) -> None:
-    page = browser.visit(url, width)
+    page = visit(browser, url, width)
     open_tab(page, "Studies")
     page.wait("document.querySelector('#study-shown').innerText.includes('not what `varpi study` writes')")
     choose(page, "document.querySelector('#study input')", "digits")
@@ -373,7 +382,7 @@ def test_studies_are_shown_as_their_own_page(browser: Browser, url: str, studies
 
 
 def test_what_is_asked_of_others_is_refused_and_noticed(browser: Browser, url: str) -> None:
-    page = browser.visit(url)
+    page = visit(browser, url)
     page.wait(button("Generate"))
     page.see("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/a.png'}))")
     page.see("console.warn('a fault')")

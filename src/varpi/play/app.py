@@ -43,6 +43,10 @@ THEME = Default(
 """With fonts that are on the machine: Gradio's own are asked of others."""
 USES_MODELS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress": "hidden"}
 """Of every event that uses the models."""
+USES_NONE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+"""Of every event that does not: it takes no place in the queue, which a page that opens could find full."""
+ALIVE = "() => { document.documentElement.dataset.alive = 'yes' }"
+"""What a page does as soon as it listens to its buttons; until then they are dim and take no click."""
 
 
 def build_app(playground: Playground, studies: Sequence[Path]) -> gr.Blocks:
@@ -56,6 +60,7 @@ def build_app(playground: Playground, studies: Sequence[Path]) -> gr.Blocks:
             _picturing(playground)
         with gr.Tab("Studies"):
             _studying(app, studies)
+        app.load(None, None, None, js=ALIVE)
     return app
 
 
@@ -99,7 +104,7 @@ def _generating(playground: Playground) -> None:
 
     inputs = [asked, images, guidance, seed, temperature, top_k, top_p]
     drawing = start.click(draw, inputs, [status, drawn], api_visibility="private", **USES_MODELS)
-    stop.click(lambda: show_status("Stopped."), None, status, cancels=[drawing], queue=False, api_visibility="private")
+    stop.click(lambda: show_status("Stopped."), None, status, cancels=[drawing], api_visibility="private", **USES_NONE)
 
 
 def _picturing(playground: Playground) -> None:
@@ -167,7 +172,7 @@ def _picturing(playground: Playground) -> None:
         done = f"VA-π's step by {player.name}, asked for {called}, up to the advantages; nothing is trained."
         return show_status(done), show_step(found, picture, colors[id(player)])
 
-    file.upload(take_in, file, [file, held, status], show_progress="hidden", api_visibility="private")
+    file.upload(take_in, file, [file, held, status], api_visibility="private", **USES_NONE)
     start.click(
         step, [held, asked, which, group, noise, seed], [status, shown], api_visibility="private", **USES_MODELS
     )
@@ -192,8 +197,8 @@ def _studying(app: gr.Blocks, places: Sequence[Path]) -> None:
         except VarpiError as error:
             return show_error(str(error))
 
-    app.load(look, None, [choice, shown], show_progress="hidden", api_visibility="private")
-    choice.input(show, choice, shown, show_progress="hidden", api_visibility="private")
+    app.load(look, None, [choice, shown], api_visibility="private", **USES_NONE)
+    choice.input(show, choice, shown, api_visibility="private", **USES_NONE)
 
 
 # -- what tabs share
@@ -226,7 +231,7 @@ def _seed() -> gr.Number:
     with gr.Row(elem_classes="seed"):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, scale=3)
         other = gr.Button("Another", size="sm", min_width=80, scale=1)
-    other.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
+    other.click(lambda: random.randrange(2**31), None, seed, api_visibility="private", **USES_NONE)
     return seed
 
 
