@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 BIN = $(VENV)/bin
 
 .PHONY: help env demo test lint mutants soak embedded clean
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 help:
 	@echo "make env       the environment in $(VENV): the package (editable) and all that the rest needs"
 	@echo "make demo      the main job on the embedded digits; writes runs/demo/report.html and runs/demo/metrics.json"
-	@echo "make test      the test suite; ARGS=... goes to pytest"
+	@echo "make test      the test suite, JOBS=2 files at a time; ARGS=... goes to pytest"
 	@echo "make lint      ruff and pyright"
 	@echo "make mutants   plants small faults, each alone; every one must make its tests fail; ARGS='-j 8 sampling'"
 	@echo "make soak      the long reliability run: kills and resumes, several processes, damaged files"
@@ -26,7 +27,7 @@ demo: env
 	$(BIN)/varpi demo $(ARGS)
 
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

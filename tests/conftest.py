@@ -10,6 +10,10 @@ import pytest
 import tiny
 import torch
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # files tested side by side share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it is marked `machine`")

@@ -377,6 +377,13 @@ MUTANTS = [
         "generators/test_llamagen.py -k one_query",
     ),
     Mutant(
+        "a cache that grows forgets",
+        "generators/llamagen.py",
+        "F.pad(part, (0, 0, 0, more))",
+        "F.pad(part * 0, (0, 0, 0, more))",
+        "sampling/test_generate.py -k teacher_forcing",
+    ),
+    Mutant(
         "the rotation that is compiled turns the other way",
         "generators/llamagen.py",
         "[even * cos - odd * sin, odd * cos + even * sin]",

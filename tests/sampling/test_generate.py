@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from varpi.errors import VarpiError
-from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition
+from varpi.generators import LlamaGen, LlamaGenConfig, TextCondition, llamagen
 from varpi.objective.rollout import invert
 from varpi.runtime.randomness import Stream, uniforms
 from varpi.sampling.generate import filter_logits, generate, generate_rows, generate_with
@@ -46,7 +46,10 @@ def cached_logits(generator: LlamaGen, tokens: Tensor, condition: Any, *, static
 
 @pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
-def test_cached_decoding_equals_teacher_forcing(generator: LlamaGen, static: bool) -> None:
+def test_cached_decoding_equals_teacher_forcing(
+    generator: LlamaGen, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamagen, "GROWTH", 3)
     tokens = torch.randint(24, (3, 16))
     generator.eval()
     expected = generator.logits(tokens, CLASSES[:3])

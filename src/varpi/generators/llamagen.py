@@ -80,9 +80,14 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+GROWTH = 16
+"""Positions by which a cache on the CPU grows: a step in bfloat16 there reads the room that there is, not what is
+written."""
+
+
 @dataclass
 class LayerCache:
-    """Keys and values (B,H,L+N,E) of one layer, written in place as positions are consumed."""
+    """Keys and values (B,H,S,E) of one layer, written in place as positions are consumed."""
 
     keys: Tensor
     values: Tensor
@@ -97,9 +102,16 @@ class Cache:
     """Bool (B,1,1,L+N), true where a key may be seen; set by `prefill` for text, None for classes."""
 
     def first(self, count: int) -> "Cache":
-        """That of the first `count` sequences, in the same memory."""
+        """That of the first `count` sequences, in the same memory until either grows."""
         layers = [LayerCache(layer.keys[:count], layer.values[:count]) for layer in self.layers]
         return Cache(layers, self.static, None if self.mask is None else self.mask[:count])
+
+    def grow_to(self, end: int) -> None:
+        """Make room for `end` positions and up to `GROWTH` more; those that are written stay."""
+        if end > self.layers[0].keys.shape[2]:
+            for layer in self.layers:
+                more = end + GROWTH - 1 - layer.keys.shape[2]
+                layer.keys, layer.values = (F.pad(part, (0, 0, 0, more)) for part in (layer.keys, layer.values))
 
 
 class Attention(nn.Module):
@@ -325,14 +337,11 @@ class LlamaGen(Generator):
     # -- cached generation
 
     def new_cache(self, batch_size: int, *, static: bool = False) -> Cache:
-        """A cache of L + N positions in the module's dtype, on its device."""
+        """A cache in the module's dtype, on its device: of L + N positions; on the CPU, unless static, it grows."""
         weight = self.output.weight
-        shape = (
-            batch_size,
-            self.config.n_head,
-            self.condition_tokens + self.num_tokens,
-            self.config.dim // self.config.n_head,
-        )
+        grows = weight.device.type == "cpu" and not static
+        positions = 0 if grows else self.condition_tokens + self.num_tokens
+        shape = (batch_size, self.config.n_head, positions, self.config.dim // self.config.n_head)
 
         def room() -> Tensor:  # of its own, also where the weight is a part of a sharded one
             return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
@@ -363,6 +372,8 @@ class LlamaGen(Generator):
         return self._cached(x, self.rotary[start : start + 1], mask, cache, start)
 
     def _cached(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache, start: int | Tensor) -> Tensor:
+        if not isinstance(start, Tensor):
+            cache.grow_to(start + x.shape[1])
         x = self.dropout(x)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, rotary, mask, layer, start)
@@ -414,7 +425,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attend_once(q: Tensor, keys: Tensor, values: Tensor, end: int, mask: Tensor | None) -> Tensor:
-    """Attention of a single query to the first `end` of a whole cache: q (B,H,1,E), keys and values (B,H,L+N,E).
+    """Attention of a single query to the first `end` of a whole cache: q (B,H,1,E), keys and values (B,H,S,E).
 
     mask: bool (B,1,1,end), or None for all. For bfloat16 on the CPU, where torch's own kernel takes two to five times
     as long, and where its product would copy a part of the cache.
