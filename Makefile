@@ -1,6 +1,6 @@
 # Every target that runs something makes its environment first, when there is none, when requirements.lock changed, or
 # when the environment last served another clone. Yours to set, for example:
-#     make test PYTHON=python3.12 VENV=/somewhere/else ARGS="tests/test_sampling.py -k greedy"
+#     make test PYTHON=python3.12 VENV=/somewhere/else JOBS=0 ARGS="tests/sampling -k greedy"
 
 PYTHON ?= python3
 VENV ?= .venv
