@@ -38,7 +38,7 @@ from varpi.runtime.memory import give_back_freed_memory
 from varpi.tokenizers import VQ, VQConfig
 from varpi.weights import save_generator, save_tokenizer
 
-STEPS = "training.steps=2"
+SHORT = ["training.steps=2", "validation=null"]
 KINDS = {
     "digits": ["digits"],
     "digits-first-order": ["digits-best"],
@@ -133,7 +133,7 @@ def _warm_up(folder: Path) -> Recipe:
     save_generator(random_generator(generator, "cpu"), folder / "small-generator.safetensors")
     save_tokenizer(VQ(tokenizer), folder / "small-tokenizer.safetensors")
     pair = [f"{part}.source={folder / f'small-{part}.safetensors'}" for part in ("generator", "tokenizer")]
-    return load_recipe("digits", [*pair, STEPS, "training.save_every=1", "training.batch_size=4"])
+    return load_recipe("digits", [*pair, *SHORT, "training.save_every=1", "training.batch_size=4"])
 
 
 def reckoned(name: str, settings: list[str], cuda: bool) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def main() -> None:
         name, *settings = KINDS[kind]
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
-            settings = [*settings, STEPS, *in_fresh_process(prepare, folder, kind)]
+            settings = [*settings, *SHORT, *in_fresh_process(prepare, folder, kind)]
             guess = in_fresh_process(reckoned, name, settings, options.device.startswith("cuda"))
             found = in_fresh_process(measure, folder, name, settings, options.device)
         grown = found["peak"] - found["before"]

@@ -23,10 +23,11 @@ def command(size: int, arguments: Sequence[object], *, torchrun: bool = False) -
     return [sys.executable, *launcher, *map(str, arguments), "--device", "cpu"]
 
 
-def several(size: int, arguments: Sequence[object], *, torchrun: bool = False) -> str:
-    """What a command prints in so many processes, all of which do what was asked."""
+def several(size: int, arguments: Sequence[object], *, torchrun: bool = False, nodes: int = 1) -> str:
+    """What a command prints in so many processes, on so many nodes as they believe; all do what was asked."""
     launched = command(size, arguments, torchrun=torchrun)
-    done = subprocess.run(launched, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    environment = {**ENVIRONMENT, "LOCAL_WORLD_SIZE": str(size // nodes)}
+    done = subprocess.run(launched, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

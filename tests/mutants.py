@@ -377,6 +377,20 @@ MUTANTS = [
         "generators/test_llamagen.py -k one_query",
     ),
     Mutant(
+        "copies of a part round at random apart",
+        "training/sharding.py",
+        'world.rank if over == "all" else world.rank % world.per_node',
+        "world.rank",
+        "training/test_processes.py -k alike",
+    ),
+    Mutant(
+        "copies on other nodes hear of the first micro-batch alone",
+        "training/loop.py",
+        "i == len(micro_batches) - 1)",
+        "i == 0)",
+        "training/test_processes.py -k two_nodes",
+    ),
+    Mutant(
         "a cache that grows forgets",
         "generators/llamagen.py",
         "F.pad(part, (0, 0, 0, more))",

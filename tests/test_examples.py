@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -12,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
+from training_runs import numbers, quiet
 
 import varpi
 from varpi.cli.main import make_parser
@@ -86,8 +90,49 @@ def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum("image/png" in output.get("data", {}) for output in shown) == 3
 
 
-def test_the_script_for_slurm_is_one() -> None:
-    assert subprocess.run(["bash", "-n", EXAMPLES / "train.slurm"]).returncode == 0
+@pytest.mark.slow
+def test_the_script_for_slurm_on_two_nodes(pair: Path, tmp_path: Path) -> None:
+    """Two agents of torchrun that meet on this machine, two processes each, train; a second job finds it finished."""
+    settings = ["training.steps=4", "generator.dropout=0", "optimizer.eps=1e-3"]
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, does in {
+        "srun": 'for node in 1 2; do "$@" & done; wait -n && wait -n',
+        "scontrol": 'echo "$@" >> scontrol.log; echo 127.0.0.1',
+        "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tools / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (EXAMPLES / "train.slurm").read_text()
+    for here, there in {
+        "--nproc-per-node 8": "--nproc-per-node 2",
+        ":29500": f":{port}",
+        "llamagen-c2i-xxl --": f"{pair / 'va_pi.yaml'} --device cpu --",
+        "--set data.source=/data/imagenet --set training.save_every=10": " ".join(f"--set {each}" for each in settings),
+    }.items():
+        assert script.count(here) == 1
+        script = script.replace(here, there)
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "OMP_NUM_THREADS": "1",
+    }
+    for _ in range(2):
+        ran = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    assert (tmp_path / "scontrol.log").read_text() == "show hostnames node[1-2]\n" * 2
+    one = quiet(tiny.recipe(pair, *settings), tmp_path / "one")
+    assert [row["loss"] for row in numbers(tmp_path / "runs/xxl")] == pytest.approx(
+        [row["loss"] for row in numbers(one)], rel=1e-5
+    )
 
 
 def test_the_dockerfile_copies_and_installs_what_is_there() -> None:

@@ -214,6 +214,9 @@ class Training(Section):
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): the same curve but for rounding, after a first step of a minute
     or more."""
+    shard_over: Literal["all", "node"] = "all"
+    """The processes over which weights, gradients and optimizer state are sharded: all, or those of a node, so that
+    each node has a copy (HSDP): more memory; between nodes only gradients travel, once an update."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
     keep: Count = 2

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,10 @@ import torch
 from launch import several
 from training_runs import numbers, quiet, steps_saved, weights
 
+from varpi.errors import VarpiError
+from varpi.runtime.processes import World
 from varpi.training import read_metrics
+from varpi.training.sharding import part_held, shard
 
 # Dropout's masks are drawn by each process; all else must agree. Local batches of 4 are cut into 3 and 1, the six
 # held-out images leave the second process without any, and the clip is low enough to bind. The rate is low and eps
@@ -139,6 +143,33 @@ def test_two_processes_continue_what_one_began_and_stop_together(pair: Path, one
     for row, other in zip(kept, numbers(one), strict=True):
         name = "loss" if "loss" in row else "validation_loss"
         assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)
+
+
+def test_two_nodes_hold_a_copy_each(pair: Path, one: Path, tmp_path: Path) -> None:
+    """Each node of two processes has the whole model; a checkpoint of theirs is continued by one process."""
+    run = tmp_path / "run"
+    nodes = arguments(pair, run, "training.shard_over=node", "training.micro_batch=1", "training.steps=4")
+    several(4, nodes, nodes=2)
+    assert_close(run, one, 4)
+    assert len([*(run / "checkpoints" / "step-00000004").glob("*.distcp")]) == 4
+    quiet(tiny.recipe(pair, *SETTINGS, "training.micro_batch=1"), run, resume=True)
+    assert_close(run, one, 6)
+
+
+def test_unequal_nodes_are_refused() -> None:
+    class Unequal(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, value, 1]
+
+    with pytest.raises(VarpiError, match=r"training\.shard_over: node needs equal nodes; here they have 1, 2 proc"):
+        shard(torch.nn.Linear(1, 1), Unequal(0, 3, "cpu", per_node=2), "node")
+
+
+def test_copies_of_a_part_draw_alike() -> None:
+    """Their bf16 moments are rounded at random, and rounded differently they would part."""
+    worlds = [World(rank, 4, "cpu", per_node=2) for rank in range(4)]
+    assert [part_held(world, "node") for world in worlds] == [0, 1, 0, 1]
+    assert [part_held(world, "all") for world in worlds] == [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")

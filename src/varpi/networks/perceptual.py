@@ -20,8 +20,9 @@ NETS = ("vgg", "alex")
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, version 0.1, frozen (the L_p of VA-π's reward).
 
-    The networks and the calibrated layer weights are those of the `lpips` package, whose own call computes both images'
-    maps every time. Works under autocast: the trunk then runs in the low precision, the distance in float32.
+    The trunks and the calibrated layer weights are those of the `lpips` package, whose own call computes both images'
+    maps every time, and which makes a classifier of half a gigabyte to leave it out. Works under autocast: the trunk
+    then runs in the low precision, the distance in float32.
 
     Args:
         net: "vgg" (VGG16, the paper's) or "alex" (AlexNet).
@@ -39,17 +40,18 @@ class LPIPS(nn.Module):
             raise VarpiError(f"LPIPS: unknown network {net!r}; expected one of {', '.join(NETS)}")
         import lpips  # here, for it brings torchvision, which takes a second that most uses need not spend
 
-        # Building draws initial weights, only to replace them: keep the caller's random stream as it was.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        make = {"vgg": lpips.pn.vgg16, "alex": lpips.pn.alexnet}[net]
+        with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the package calls torchvision in a way that warns
-            package = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+            trunk = make(pretrained=False)
+        self.trunk = trunk.to_empty(device="cpu")
         if not sizes_only():
-            _load_trunk(package.net, net, weights)
-        self.scaling_layer = package.scaling_layer
-        self.trunk = package.net
-        self.layer_weights = nn.ParameterList(
-            weight.flatten() for name, weight in package.state_dict().items() if name.startswith("lins.")
+            _load_trunk(self.trunk, net, weights)
+        self.scaling_layer = lpips.ScalingLayer()
+        calibrated = torch.load(
+            Path(lpips.__file__).with_name("weights") / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True
         )
+        self.layer_weights = nn.ParameterList(calibrated[name].flatten() for name in sorted(calibrated))
         self.eval().requires_grad_(False)
 
     def maps(self, images: Tensor) -> list[Tensor]:

@@ -26,6 +26,8 @@ class World:
     rank: int
     size: int
     device: str
+    per_node: int = 1
+    """Of them on this machine, each next to the other by rank."""
 
     @property
     def is_main(self) -> bool:
@@ -124,7 +126,7 @@ def find_world(device: str | None) -> World:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    return World(int(os.environ["RANK"]), size, device)
+    return World(int(os.environ["RANK"]), size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 def join_world(device: str | None) -> World:

@@ -44,7 +44,7 @@ from varpi.training.run_directory import (
     keeps_best,
     write_origin,
 )
-from varpi.training.sharding import gradient_norm, shard
+from varpi.training.sharding import exchange_gradients, gradient_norm, part_held, shard
 from varpi.training.state import (
     Progress,
     full_weights,
@@ -112,10 +112,11 @@ def _train(
     if (generator := generator_of(method)) is not None:
         name_classes(generator, recipe, batches)
     for model in (method.model, *method.frozen):
-        shard(model, world)
+        shard(model, world, training.shard_over)
         if training.compile:
             compile_blocks(model, world.device)
-    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, rank=world.rank)
+    part = part_held(world, training.shard_over)
+    optimizer = make_optimizer(method.model, recipe.optimizer, seed=recipe.seed, part=part)
     average = Average(method.model, training.ema) if training.ema is not None else None
     checkpoint = world.on_main(lambda: _claim(run, recipe, batches.fingerprint, lock, resume))
     progress = Progress()
@@ -240,6 +241,7 @@ class Trainer:
                 outcome = self.method.loss(micro, number, rollouts[i])
                 rollouts[i] = outcome.rollout
                 share = len(micro.images) / len(batch.images)
+                exchange_gradients(self.method.model, i == len(micro_batches) - 1)
                 with self.method.stages("backward"):
                     (outcome.loss * share).backward()
                 for name, value in {"loss": outcome.loss.detach(), **outcome.metrics}.items():

@@ -28,10 +28,10 @@ class AdamW16(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         seed: int = 0,
-        rank: int = 0,
+        part: int = 0,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._key = f"{seed} {rank}"
+        self._key = f"{seed} {part}"
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -70,13 +70,14 @@ def _rounded(values: Tensor, draws: torch.Generator) -> Tensor:
     return bits.bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
 
 
-def make_optimizer(model: nn.Module, settings: Optimizer, *, seed: int = 0, rank: int = 0) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Optimizer, *, seed: int = 0, part: int = 0) -> torch.optim.Optimizer:
     """AdamW that decays matrices and embeddings but neither norms nor biases.
 
     So does the released code for LlamaGen (by the names of its norms; LlamaGen has no biases). Its Janus trainer decays
     everything instead, norms and biases included: that is not reproduced.
 
-    seed, rank: of the run and of this process, for what `state_precision: bf16` draws.
+    seed, part: of the run, and the number of the part of the model that is here: for what `state_precision: bf16`
+        draws, alike in processes that hold the same part.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -87,7 +88,7 @@ def make_optimizer(model: nn.Module, settings: Optimizer, *, seed: int = 0, rank
     shared: Any = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
     optimizer, kind = torch.optim.AdamW(groups, **shared), torch.float32
     if settings.state_precision == "bf16":
-        optimizer, kind = AdamW16(groups, **shared, seed=seed, rank=rank), torch.bfloat16
+        optimizer, kind = AdamW16(groups, **shared, seed=seed, part=part), torch.bfloat16
     # Not left to the first step: a checkpoint may come before it, when the first updates are skipped.
     for p in parameters:
         moments = {name: torch.zeros_like(p, dtype=kind, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = {
     "training.save_every",
     "training.keep",
     "training.max_skipped",
+    "training.shard_over",
 }
 """What a resumed run may do differently without being another run."""
 
