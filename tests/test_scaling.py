@@ -7,7 +7,7 @@ import pytest
 
 
 def test_traffic_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 GB of weights, gathered twice and reduced once, at four fifths of 450 GB/s inside a node, of 50 between nodes."""
+    """8 GB of weights, gathered twice and reduced once, at four fifths of 450 GB/s in a node, of 50 between nodes."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     moving = importlib.import_module("scaling").seconds_moving
     inside = 24 * 7 / 8 / 360

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from varpi.runtime.sizes import on_cpu
 from varpi.runtime.stages import Stages
 
 
@@ -93,6 +94,8 @@ class Ledger(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in results:
             self._enter(tensor)
+        if func is torch.ops.aten.convolution.default and on_cpu(out) and not _channels_last(args[0]):
+            self._reach(self.live + args[0].nbytes + out.nbytes)  # oneDNN's copies of both, in a layout of its own
         self._count(func, args, kwargs, out, results)
         return out
 
@@ -109,12 +112,19 @@ class Ledger(TorchDispatchMode):
         if key not in self._storages:
             self._storages[key] = weakref.ref(storage, lambda _: self._leave(key, size))
             self.live += size
-            self.peak = max(self.peak, self.live)
-            self._open[-1].top = max(self._open[-1].top, self.live)
+            self._reach(self.live)
+
+    def _reach(self, size: int) -> None:
+        self.peak = max(self.peak, size)
+        self._open[-1].top = max(self._open[-1].top, size)
 
     def _leave(self, key: int, size: int) -> None:
         self.live -= size
         del self._storages[key]
+
+
+def _channels_last(images: Tensor) -> bool:
+    return images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
 
 
 class LedgerStages(Stages):

@@ -57,7 +57,7 @@ class Reckoning:
     working: dict[str, int]
     """By stage: the most it holds beside what was there when it began."""
     peak: int
-    """The most at once."""
+    """The most at once; on the CPU what stays and the most of every stage, for they hardly share their memory there."""
     peak_stage: str
     work: dict[str, StageWork]
     """By stage, of one update."""
@@ -129,11 +129,15 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
             ) from error
     stages = {name: stage for name, stage in ledger.stages.items() if stage.top}
     whole = training.batch_size / images
+    standing = {name: size for name, size in standing.items() if size}
+    working = {name: stage.added for name, stage in stages.items() if stage.added}
+    # A process on the CPU keeps what it frees, in pieces that stages of other sizes seldom find room in.
+    kept = 0 if cuda else sum(standing.values()) + sum(working.values())
     return Reckoning(
-        standing={name: size for name, size in standing.items() if size},
+        standing=standing,
         activations=stages["transformer"].kept if "transformer" in stages else 0,
-        working={name: stage.added for name, stage in stages.items() if stage.added},
-        peak=ledger.peak,
+        working=working,
+        peak=max(ledger.peak, kept),
         peak_stage=max(stages, key=lambda name: stages[name].top),
         work={name: _work(stage, 1 if name == "optimizer" else whole) for name, stage in stages.items()},
     )
