@@ -391,6 +391,13 @@ MUTANTS = [
         "training/test_processes.py -k two_nodes",
     ),
     Mutant(
+        "a CPU's stages share their memory",
+        "training/reckoning.py",
+        "peak=max(ledger.peak, kept)",
+        "peak=ledger.peak",
+        "training/test_reckoning.py -k weigh",
+    ),
+    Mutant(
         "a cache that grows forgets",
         "generators/llamagen.py",
         "F.pad(part, (0, 0, 0, more))",
