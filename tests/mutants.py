@@ -395,7 +395,7 @@ MUTANTS = [
         "training/reckoning.py",
         "peak=max(ledger.peak, kept)",
         "peak=ledger.peak",
-        "training/test_reckoning.py -k weigh",
+        "training/test_reckoning.py -k what_the_tensors",
     ),
     Mutant(
         "a cache that grows forgets",
