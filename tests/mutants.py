@@ -391,13 +391,6 @@ MUTANTS = [
         "training/test_processes.py -k two_nodes",
     ),
     Mutant(
-        "a CPU's stages share their memory",
-        "training/reckoning.py",
-        "peak=max(ledger.peak, kept)",
-        "peak=ledger.peak",
-        "training/test_reckoning.py -k what_the_tensors",
-    ),
-    Mutant(
         "a cache that grows forgets",
         "generators/llamagen.py",
         "F.pad(part, (0, 0, 0, more))",
