@@ -59,11 +59,16 @@ CASES: list[tuple[str, str, str, list[str]]] = [
 ]
 
 
+def rates_of(card: Card) -> Rates:
+    """What is assumed to be reached of a card's data sheet."""
+    flops = {torch.bfloat16: card.tflops * REACHED * 1e12, torch.float32: card.fp32 * REACHED * 1e12}
+    return Rates(flops, card.bandwidth * REACHED * 1e12)
+
+
 def case(card: Card, recipe: str, settings: list[str]) -> dict[str, Any]:
     """GiB needed and there, and minutes of 100 steps of 128 images."""
     found = reckon(load_recipe(recipe, [*settings, "training.batch_size=128", "training.steps=100"]), cuda=True)
-    flops = {torch.bfloat16: card.tflops * REACHED * 1e12, torch.float32: card.fp32 * REACHED * 1e12}
-    rates = Rates(flops, card.bandwidth * REACHED * 1e12)
+    rates = rates_of(card)
     return {
         "needed_gib": found.peak / 2**30,
         "room_gib": room_of("cpu", card.gib).tensors / 2**30,

@@ -15,9 +15,8 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import torch
 from common import machine, parse, write_json
-from reckon import CARDS, FAST, REACHED
+from reckon import CARDS, FAST, REACHED, rates_of
 
 from varpi.recipe import load_recipe
 from varpi.training.reckoning import Rates, Reckoning, StageWork, reckon
@@ -57,9 +56,7 @@ def seconds_moving(weights: float, frozen: float, micro_batches: int, size: int,
 
 
 def rows(recipe: str) -> list[dict[str, Any]]:
-    card = CARDS[CARD]
-    flops = {torch.bfloat16: card.tflops * REACHED * 1e12, torch.float32: card.fp32 * REACHED * 1e12}
-    rates = Rates(flops, card.bandwidth * REACHED * 1e12)
+    rates = rates_of(CARDS[CARD])
     found: dict[int, Reckoning] = {}
     table = []
     for kind in ("strong", "weak"):

@@ -90,6 +90,10 @@ def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum("image/png" in output.get("data", {}) for output in shown) == 3
 
 
+def test_the_script_for_slurm_is_one() -> None:
+    assert subprocess.run(["bash", "-n", EXAMPLES / "train.slurm"]).returncode == 0
+
+
 @pytest.mark.slow
 def test_the_script_for_slurm_on_two_nodes(pair: Path, tmp_path: Path) -> None:
     """Two agents of torchrun that meet on this machine, two processes each, train; a second job finds it finished."""
