@@ -1000,6 +1000,20 @@ MUTANTS = [
         "count * STATE",
         "cli/test_doctor.py -k memory",
     ),
+    Mutant(
+        "a checkpoint in the background is of the weights as they change",
+        "training/state.py",
+        "held if self._thread is None else _copied(held)",
+        "held",
+        "training/test_resume.py -k test_training_goes_on_while",
+    ),
+    Mutant(
+        "a run ends before its checkpoint is written",
+        "training/loop.py",
+        ", closing(writer):",
+        ":",
+        "training/test_trouble.py -k test_an_error_leaves_time",
+    ),
     # -- studies
     Mutant(
         "the spread over training seeds is the biased one",

@@ -219,6 +219,8 @@ class Training(Section):
     each node has a copy (HSDP): more memory; between nodes only gradients travel, once an update."""
     save_every: Count | None = None
     """Steps between checkpoints; none: only at the end or when stopped."""
+    save_in_background: bool = False
+    """Train on while a checkpoint is written, from a copy of weights and optimizer state in main memory."""
     keep: Count = 2
     """Checkpoints kept, newest first."""
     ema: Annotated[Float, Field(gt=0, lt=1)] | None = None

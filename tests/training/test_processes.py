@@ -89,6 +89,16 @@ def test_two_processes_give_the_losses_of_one(one: Path, two: Path) -> None:
     }
 
 
+def test_two_processes_write_in_the_background(pair: Path, one: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    several(2, arguments(pair, run, "training.steps=4", "training.save_every=1", "training.save_in_background=true"))
+    assert_close(run, one, 4)
+    assert steps_saved(run) == [3, 4]
+    shutil.rmtree(run / "checkpoints" / "step-00000004")  # what is left was written while the fourth step was made
+    quiet(tiny.recipe(pair, *SETTINGS), run, resume=True)
+    assert_close(run, one, 6)
+
+
 def test_two_processes_roll_out_as_one(pair: Path, tmp_path: Path) -> None:
     """Sharded generators decode with their caches, and are trained on what they made."""
     settings = ["generator.dropout=0", "training.micro_batch=2", "training.steps=2", "optimizer.eps=1e-3"]

@@ -80,6 +80,19 @@ def test_settings_that_save_memory_save_it(pair: Path) -> None:
     assert smaller.working["reward"] < 0.5 * plain.working["reward"]
 
 
+def test_copies_of_the_weights_are_counted(pair: Path) -> None:
+    plain = reckon(tiny.recipe(pair))
+    averaged = reckon(tiny.recipe(pair, "training.ema=0.9"))
+    assert averaged.standing["average of the weights"] == plain.standing["trained weights"]
+    held = reckon(tiny.recipe(pair, "training.ema=0.9", "training.save_in_background=true"))
+    moments = held.standing["optimizer state"]
+    assert moments == pytest.approx(2 * plain.standing["trained weights"], rel=1e-3)
+    assert held.working["checkpoint"] == 2 * plain.standing["trained weights"] + moments
+    assert held.peak - averaged.peak == held.working["checkpoint"]
+    on_a_card = reckon(tiny.recipe(pair, "training.save_in_background=true"), cuda=True)
+    assert on_a_card.peak == reckon(tiny.recipe(pair), cuda=True).peak
+
+
 def test_seconds_are_products_and_then_traffic(pair: Path) -> None:
     rates = Rates({torch.float32: 10.0, torch.bfloat16: 20.0}, 4.0)
     found = reckon(tiny.recipe(pair))

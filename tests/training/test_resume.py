@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint.state_dict_saver import save
 from training_runs import contents, crash, numbers, quiet, same, steps_saved, weights
 
 from varpi.cli.main import main
@@ -49,6 +51,33 @@ def test_a_crash_changes_nothing(
     assert same(weights(run), weights(through))
     assert numbers(run) == numbers(through)  # and no step is there twice
     assert steps_saved(run) == steps_saved(through)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state of its step, not of the steps since."""
+    through = quiet(tiny.recipe(pair, "training.ema=0.5", "training.save_every=2"), tmp_path / "through")
+    recipe = tiny.recipe(pair, "training.ema=0.5", "training.save_every=2", "training.save_in_background=true")
+    run, waited = tmp_path / "run", []
+
+    def after_the_next_step(state: Any, *, checkpoint_id: Path, **settings: Any) -> Any:
+        following = int(checkpoint_id.name[-8:]) + 1
+        if following < 6:
+            until = time.monotonic() + 60
+            while read_metrics(run)[-1]["step"] < following and time.monotonic() < until:
+                time.sleep(0.01)
+            waited.append((following, read_metrics(run)[-1]["step"]))
+        return save(state, checkpoint_id=checkpoint_id, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("varpi.training.state.save", after_the_next_step)
+        crash(patch, recipe, run, 5)
+    assert waited == [(3, 3), (5, 5)]
+    assert steps_saved(run) == [2, 4]
+    quiet(recipe, run, resume=True)
+    assert same(weights(run), weights(through))
+    assert numbers(run) == numbers(through)
 
 
 def test_a_crash_before_the_first_checkpoint(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

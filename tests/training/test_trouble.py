@@ -77,9 +77,12 @@ def test_no_whole_checkpoint_is_an_error(pair: Path, tmp_path: Path) -> None:
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_while_saving(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
-    recipe = tiny.recipe(pair, "training.steps=4", "training.save_every=1")
+@pytest.mark.parametrize(("wrapped", "background"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_full_disk_while_saving(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool, background: bool
+) -> None:
+    settings = ("training.steps=4", "training.save_every=1", f"training.save_in_background={background}")
+    recipe = tiny.recipe(pair, *settings)
     through = quiet(recipe, tmp_path / "through")
     run = tmp_path / "run"
 
@@ -101,6 +104,20 @@ def test_a_full_disk_while_saving(pair: Path, tmp_path: Path, monkeypatch: pytes
     assert steps_saved(run) == [1, 2]  # and nothing half-written beside them
     quiet(recipe, run, resume=True)
     assert same(weights(run), weights(through))
+
+
+def test_an_error_leaves_time_to_a_checkpoint_under_way(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(state: Any, *, checkpoint_id: Path, **settings: Any) -> Any:
+        time.sleep(1)
+        return save(state, checkpoint_id=checkpoint_id, **settings)
+
+    monkeypatch.setattr("varpi.training.state.save", slow)
+    crash(
+        monkeypatch, tiny.recipe(pair, "training.save_every=2", "training.save_in_background=true"), tmp_path / "run", 3
+    )
+    assert steps_saved(tmp_path / "run") == [2]
 
 
 @pytest.mark.machine

@@ -19,6 +19,7 @@ STAGES = {
     "tokenizer": "tokenizer, forward",
     "perceptual": "perceptual network",
     "between": "all else",
+    "checkpoint": "the copy that a checkpoint is written from",
 }
 
 

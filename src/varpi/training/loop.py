@@ -46,11 +46,11 @@ from varpi.training.run_directory import (
 )
 from varpi.training.sharding import exchange_gradients, gradient_norm, part_held, shard
 from varpi.training.state import (
+    CheckpointWriter,
     Progress,
     full_weights,
     load_checkpoint,
     newest_whole,
-    save_checkpoint,
 )
 from varpi.training.trouble import EqualRewards, explained
 from varpi.training.validation import Validator, caption_check, prepare_condition
@@ -157,7 +157,8 @@ def _loop(
     if preview is not None and not progress.step:
         show()
     watch(run, finished)
-    with stop_request() as stop, closing(stream):
+    writer = CheckpointWriter(run, world, training.keep, background=training.save_in_background)
+    with stop_request() as stop, closing(stream), closing(writer):
         while not finished:
             begun = time.perf_counter()
             batch = next(stream)
@@ -192,7 +193,9 @@ def _loop(
                 progress.cursors = [place for own in every for place in own]
                 progress.images_opened = sum(world.gather(batches.seen))
                 progress.left_out = LeftOut(*world.gather(batches.left_out.found)).found
-                save_checkpoint(run, method.model, trainer.optimizer, progress, world, training.keep, trainer.average)
+                writer.save(method.model, trainer.optimizer, progress, trainer.average)
+                if finished or stopping:
+                    writer.finish()
                 seen = True
             if seen:
                 watch(run, finished or stopping > 0)

@@ -22,6 +22,7 @@ from varpi.runtime.ledger import Ledger, LedgerStages, Stage, enter
 from varpi.runtime.memory import physical_memory
 from varpi.runtime.processes import World
 from varpi.runtime.sizes import as_on_a_card, without_weights
+from varpi.training.average import Average
 from varpi.training.loop import Trainer
 from varpi.training.optimizer import make_optimizer
 from varpi.training.state import Progress
@@ -112,13 +113,15 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
             for group in optimizer.param_groups:
                 group["foreach"] = True
         standing["optimizer state"] = ledger.live - sum(standing.values())
+        average = Average(method.model, training.ema) if training.ema is not None else None
+        standing["average of the weights"] = ledger.live - sum(standing.values())
         standing["gradients"] = sum(p.nbytes for p in method.model.parameters() if p.requires_grad)
         pixels = torch.empty(training.batch_size, 3, side, side)
         standing["images of a batch"] = pixels.nbytes
         batch = dataclasses.replace(batch, images=pixels[:images], condition=_condition(method, images))
         method.stages = LedgerStages(ledger)
         ledger.forget()
-        trainer = Trainer(recipe, method, optimizer, World(0, 1, "cpu"))
+        trainer = Trainer(recipe, method, optimizer, World(0, 1, "cpu"), average)
         try:
             for _ in trainer.updates(batch, 0, Progress()):
                 pass
@@ -131,6 +134,9 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
     whole = training.batch_size / images
     standing = {name: size for name, size in standing.items() if size}
     working = {name: stage.added for name, stage in stages.items() if stage.added}
+    if training.save_in_background and not cuda:  # elsewhere the copy is in main memory
+        changing = ("trained weights", "optimizer state", "average of the weights")
+        working["checkpoint"] = sum(standing.get(name, 0) for name in changing)
     # A process on the CPU keeps what it frees, in pieces that stages of other sizes seldom find room in.
     kept = 0 if cuda else sum(standing.values()) + sum(working.values())
     return Reckoning(

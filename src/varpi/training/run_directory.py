@@ -25,6 +25,7 @@ FREE_TO_CHANGE = {
     "data.workers",
     "data.max_bad_fraction",
     "training.save_every",
+    "training.save_in_background",
     "training.keep",
     "training.max_skipped",
     "training.shard_over",

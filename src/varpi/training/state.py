@@ -5,6 +5,7 @@
 Every random draw of a run is a function of seed, step and position, so a checkpoint needs no random states.
 """
 
+import copy
 import errno
 import json
 import os
@@ -12,14 +13,16 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -74,57 +77,103 @@ class Progress:
     """Spent training, over all sessions."""
 
 
-def save_checkpoint(
-    run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    world: World,
-    keep: int,
-    average: Average | None = None,
-) -> None:
-    """Write the checkpoint of `progress.step` and delete all but the newest `keep` up to it.
+class CheckpointWriter:
+    """Writes a run's checkpoints, and deletes all but the newest `keep` up to the one written.
 
-    Raises VarpiError when it cannot be written, or is not worth keeping because a weight is not finite; the earlier
-    checkpoints are then untouched.
+    background: train on while a copy of the state, made in main memory, is written; one at a time. Closed at its end.
     """
-    folder = run / "checkpoints"
-    final = folder / f"step-{progress.step:08d}"
-    aside = folder / f".writing-{final.name}"
 
-    def prepare() -> None:
-        with _said():
-            if not all(local(p).isfinite().all() for p in model.parameters() if p.requires_grad):
-                raise VarpiError("a weight is not finite: an update overflowed; start again with a lower learning rate")
-            if world.is_main:
-                for stale in folder.glob(".writing-*"):  # of a process that was killed
-                    shutil.rmtree(stale, ignore_errors=True)
-                aside.mkdir(parents=True)
+    def __init__(self, run: Path, world: World, keep: int, *, background: bool = False) -> None:
+        self._run, self._world, self._keep = run, world, keep
+        self._folder = run / "checkpoints"
+        self._thread = ThreadPoolExecutor(1) if background else None
+        self._under_way: tuple[Path, Future[None]] | None = None
+        # Exchanges of the thread and of training must not meet.
+        self._group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
 
-    def write() -> None:
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, average: Average | None = None
+    ) -> None:
+        """Write the checkpoint of `progress.step`, or have it written once the one before is.
+
+        Raises VarpiError when it cannot be written, or is not worth keeping because a weight is not finite, or when the
+        one before could not be written; the earlier checkpoints are then untouched.
+        """
+        self.finish()
+        final = self._folder / f"step-{progress.step:08d}"
+
+        def prepare() -> None:
+            with _said():
+                if not all(local(p).isfinite().all() for p in model.parameters() if p.requires_grad):
+                    raise VarpiError(
+                        "a weight is not finite: an update overflowed; start again with a lower learning rate"
+                    )
+                if self._world.is_main:
+                    for stale in self._folder.glob(".writing-*"):  # of a process that was killed
+                        shutil.rmtree(stale, ignore_errors=True)
+                    _aside(final).mkdir(parents=True)
+
+        def hold() -> None:
+            with _said():
+                weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
+                held = {"model": weights, "optimizer": moments, **_average(average)}
+                state.update(held if self._thread is None else _copied(held))
+
+        state: dict[str, Any] = {}
+        self._together(final, prepare)
+        self._together(final, hold)
+        if self._thread is None:
+            self._together(final, lambda: self._write(final, state, progress))
+        else:
+            self._under_way = final, self._thread.submit(self._write, final, state, copy.deepcopy(progress))
+
+    def finish(self) -> None:
+        """Wait for what is being written; raises VarpiError as `save` does."""
+        if self._under_way is not None:
+            (final, work), self._under_way = self._under_way, None
+            self._together(final, work.result)
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _together(self, final: Path, work: Callable[[], None]) -> None:
+        try:
+            self._world.together(work)
+        except VarpiError as error:
+            if self._world.is_main:
+                shutil.rmtree(_aside(final), ignore_errors=True)
+            raise VarpiError(
+                f"{final}: the checkpoint could not be written ({error}); {newest_kept(self._run)}"
+            ) from error
+
+    def _write(self, final: Path, state: dict[str, Any], progress: Progress) -> None:
         with _said():
-            weights, moments = get_state_dict(model, optimizer, options=TRAINABLE)
-            state = {"model": weights, "optimizer": moments, **_average(average)}
-            save(state, checkpoint_id=aside, no_dist=world.size == 1)
-            if world.is_main:
+            aside, alone = _aside(final), self._world.size == 1
+            save(state, checkpoint_id=aside, no_dist=alone, process_group=self._group)
+            if self._world.is_main:  # by now all have written their part
                 (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
                 seal(aside)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(aside, final)
+                sync(self._folder)
+                # Newer ones can only be damaged ones, which a resume passed over; they neither count nor go.
+                for old in [path for path in checkpoints(self._run) if _step(path) <= progress.step][self._keep :]:
+                    shutil.rmtree(old, ignore_errors=True)
 
-    try:
-        world.together(prepare)
-        world.together(write)
-    except VarpiError as error:
-        if world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise VarpiError(f"{final}: the checkpoint could not be written ({error}); {newest_kept(run)}") from error
-    if world.is_main:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        sync(folder)
-        # Newer ones can only be damaged ones, which a resume passed over; they neither count nor go.
-        for old in [path for path in checkpoints(run) if _step(path) <= progress.step][keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    world.barrier()
+
+def _copied(value: Any) -> Any:
+    """With a copy of each tensor in main memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list) else value
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".writing-{final.name}")
 
 
 def checkpoints(run: Path) -> list[Path]:
