@@ -117,11 +117,11 @@ def test_gft_of_beta_one_is_next_token_training(pair: Path) -> None:
 # -- guided
 
 
-def test_guided_by_a_plain_graph(pair: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_guided_by_a_plain_graph(pair: Path, temperature: float) -> None:
     """Under the frozen start's guided distribution, without gradient to it; null stays null where it was dropped."""
-    recipe = tiny.recipe(
-        pair, "generator.dropout=0", "method.condition_drop=0.5", "method.guidance=2.5", method="guided"
-    )
+    settings = ("method.guidance=2.5", f"method.teacher_temperature={temperature}")
+    recipe = tiny.recipe(pair, "generator.dropout=0", "method.condition_drop=0.5", *settings, method="guided")
     method, batch = build(recipe), batch_of(recipe, 2)
     with torch.no_grad():
         for parameter in method.model.parameters():
@@ -133,7 +133,7 @@ def test_guided_by_a_plain_graph(pair: Path) -> None:
     condition = torch.where(dropped, nothing, batch.condition)
     with torch.no_grad():
         null = start.eval().logits(targets, nothing)
-        guided = (null + 2.5 * (start.logits(targets, condition) - null)).softmax(-1)
+        guided = ((null + 2.5 * (start.logits(targets, condition) - null)) / temperature).softmax(-1)
     log_probs = method.model.logits(targets, condition).log_softmax(-1)
     expected = -(guided * log_probs).sum(-1).mean()
     torch.testing.assert_close(outcome.loss, expected)

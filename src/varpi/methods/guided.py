@@ -1,10 +1,10 @@
 """Distilled guidance: the generator learns, without guidance, to be its guided start.
 
-    loss = cross-entropy of softmax(l) under softmax(l_u + s (l_c - l_u))
+    loss = cross-entropy of softmax(l) under softmax((l_u + s (l_c - l_u)) / T)
 
-l_c and l_u are the frozen start's logits with the condition and without, s the guidance scale: after it one pass
-samples what two did (Meng et al., arXiv 2210.03142, for diffusion). It is the guided prior of `va_pi` without a reward:
-no sample is drawn and nothing decoded. Images that lost their condition keep the null distribution as it was.
+l_c and l_u are the frozen start's logits with the condition and without, s the guidance scale and T the temperature:
+after it one pass samples what two did (Meng et al., arXiv 2210.03142, for diffusion). It is the guided prior of `va_pi`
+without a reward: no sample is drawn and nothing decoded. Images that lost their condition learn the null distribution.
 """
 
 from typing import Annotated
@@ -27,6 +27,8 @@ class Settings(MethodSection):
 
     guidance: Annotated[Float, Field(gt=1)] = 1.5
     """s, the scale that moves into the weights: sample without guidance afterwards."""
+    teacher_temperature: Annotated[Float, Field(gt=0)] = 1.0
+    """T, the temperature that moves into the weights: sample at 1 afterwards."""
     condition_drop: Share = 0.1
     """Probability that an image's condition is replaced by the null condition."""
 
@@ -40,7 +42,8 @@ class Guided(GeneratorMethod):
             start, null = (self.start_logits(targets, given) for given in (condition, self.null(condition)))
             logits = self.logits(self.model.train(), targets, condition)
         with self.stages("loss"):
-            loss = objective.guided_prior(logits, objective.guide(start, null, self.settings.guidance))
+            target = objective.guide(start, null, self.settings.guidance) / self.settings.teacher_temperature
+            loss = objective.guided_prior(logits, target)
             with torch.no_grad():
                 cross_entropy = objective.prior_loss(logits, targets)
         return Outcome(loss, {"guided_cross_entropy": loss.detach(), "cross_entropy": cross_entropy})

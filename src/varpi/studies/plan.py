@@ -29,13 +29,12 @@ from varpi.recipe import (
     read_yaml,
 )
 from varpi.studies import shipped_studies
+from varpi.training.run_directory import FREE_TO_CHANGE
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 START = "start"
 """What the pair that a study begins with is called among its weights."""
 BEST = "best"
-FREE = {"training.save_every", "training.keep", "training.max_skipped", "data.workers", "data.max_bad_fraction"}
-"""In what recipes of one study may differ unsaid: nothing that they do depends on it."""
 OWN = {"seed", "generator.source", "generator.architecture", "tokenizer.source", "tokenizer.architecture"}
 """What the study says in the place of its recipes."""
 
@@ -338,7 +337,7 @@ class Study(Section):
         said = {name: {*variant.set, *(key for trial in variant.tune for key in trial)}
                 for name, variant in self.variants.items()}  # fmt: skip
         for key in dict.fromkeys(key for values in flat.values() for key in values):
-            if key in FREE | OWN:
+            if key in FREE_TO_CHANGE | OWN:
                 continue
             silent = [name for name in flat if key in flat[name] and key not in said[name]]
             for name in silent[1:]:

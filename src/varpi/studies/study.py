@@ -27,7 +27,6 @@ from varpi.sampling.settings import Sampling
 from varpi.studies.findings import Findings, StudyRow, write_findings
 from varpi.studies.plan import (
     BEST,
-    FREE,
     LOWER_IS_BETTER,
     OWN,
     SHAPES_DETECTOR,
@@ -53,10 +52,12 @@ from varpi.studies.tasks import (
     train_variant,
 )
 from varpi.studies.work import Job, Work, all_of
-from varpi.training.run_directory import is_finished, is_run
+from varpi.training.run_directory import FREE_TO_CHANGE, is_finished, is_run
 from varpi.training.state import checkpoints
 from varpi.weights.pair import RUN_MODEL, recipe_of
 
+_YOUNGER = {"training.ema": None, "method.score": "distance", "method.teacher_temperature": 1.0}
+"""Settings that came after studies which go on, and what those did in their place."""
 _MARK = "study.yaml"
 """What lies in a folder of a study."""
 
@@ -475,10 +476,10 @@ class _Part:
 def _kept(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides what comes of it, but for what it begins with and its seed."""
     values = flatten(recipe.model_dump(mode="json", exclude={"logging", "preview"}))
-    for key, plain in {"training.ema": None, "method.score": "distance"}.items():  # younger than studies that go on
+    for key, plain in _YOUNGER.items():
         if values.get(key, ...) == plain:
             del values[key]
-    return {key: value for key, value in values.items() if key not in FREE | OWN}
+    return {key: value for key, value in values.items() if key not in FREE_TO_CHANGE | OWN}
 
 
 def _slug(settings: Mapping[str, Any]) -> str:

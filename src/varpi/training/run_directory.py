@@ -30,7 +30,8 @@ FREE_TO_CHANGE = {
     "training.max_skipped",
     "training.shard_over",
 }
-"""What a resumed run may do differently without being another run."""
+"""What a resumed run may do differently without being another run, and what recipes of one study may differ in unsaid:
+no number of theirs depends on it."""
 
 
 class InUse(VarpiError):
