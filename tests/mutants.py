@@ -1118,11 +1118,11 @@ MUTANTS = [
 
 
 class Tree:
-    """A copy of src/ and tests/ in which tests run."""
+    """A copy of src/, benchmarks/ and tests/ in which tests run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for part in ("src", "tests"):
+        for part in ("src", "benchmarks", "tests"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         shutil.copy(ROOT / "pyproject.toml", folder)
 

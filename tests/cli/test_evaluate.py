@@ -127,7 +127,8 @@ def test_the_fréchet_distance_is_the_function_of_the_features(samples: Path, tm
 
 
 def test_alignment_of_a_run(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
+    noise = ("method.context_noise=0.5", "method.context_noise_end=0.25")
+    folder = quiet(tiny.recipe(pair, "training.steps=1", *noise), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("varpi.networks.loading.load_extractor", lambda *_, **__: _Pixels())
         command = ["evaluate", folder, "--kind", "alignment", "--device", "cpu", "--split", "validation"]
@@ -135,6 +136,7 @@ def test_alignment_of_a_run(pair: Path, tmp_path: Path, capsys: pytest.CaptureFi
     result = read_result(tmp_path / "a.json")
     assert result.kind == "alignment"
     assert result.sampling["generator"] == str(folder)
+    assert result.evaluator["context_noise"] == 0.25  # what it was trained under at last
     assert {"reconstruction_reward", "prior_term", "entropy_gap", "round_trip_changed"} <= set(result.metrics)
     assert "reconstruction_reward" in capsys.readouterr().out
     assert run(*command, "--metrics", "fid") == 2

@@ -304,6 +304,8 @@ def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
         chosen = {"mse_weight": reward.mse_weight, "perceptual_weight": reward.perceptual_weight}
         perceptual = load_reward_network(reward, world.device)
     chosen |= {name: settings[name] for name in ("prior_weight", "context_noise") if name in settings}
+    if (last := settings.get("context_noise_end")) is not None:
+        chosen["context_noise"] = last
     result = evaluate_alignment(
         generator,
         tokenizer,

@@ -61,8 +61,8 @@ def _memory(recipe: Recipe, found: Reckoning, room: Room) -> list[str]:
         if (other := _other_way(recipe, room)) is not None:
             without = training.gradient_checkpointing
             lines.append(_row(f"  {kept} {'without' if without else 'with'} gradient_checkpointing", other))
-    stage = STAGES.get(found.peak_stage, found.peak_stage)
-    lines.append(_row(f"at the peak ({stage})", found.peak))
+    most = STAGES.get(found.peak_stage, found.peak_stage) if room.cuda else "all of it, for freed memory is kept"
+    lines.append(_row(f"at the peak ({most})", found.peak))
     return [*lines, _row(f"there is for tensors on {room.where}, of {_gib(room.size)}", room.tensors)]
 
 
