@@ -1,12 +1,13 @@
 """The numbers in README and docs/results.md are those of the committed results."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("frechet_distance", "precision", "recall", "class_agreement")
+TASKS = ("overall", "single_object", "two_object", "counting", "colors", "position", "color_attr")
 DEMO = {
     "base": "base",
     "base, temperature 0.8": "base_best_temperature",
@@ -35,8 +36,16 @@ def shown(mean: float, spread: float) -> str:
     return f"{mean:.3f} ± {spread:.3f}"
 
 
-def study() -> list[dict[str, Any]]:
-    return json.loads((ROOT / "docs/results/digits.json").read_text())["rows"]
+def study(name: str = "digits") -> list[dict[str, Any]]:
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]
+
+
+def told(name: str = "digits") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What a page calls each row of a study, which spread it shows, and the row."""
+    for row in study(name):
+        if row["name"] != "start" and not (row["guided"] and scale(row) == 1):
+            label = f"{row['label']}, guidance {scale(row)}" if row["guided"] else row["label"]
+            yield label, "spread" if row["trained"] else "sampling_spread", row
 
 
 def scale(row: Mapping[str, Any]) -> float:
@@ -64,11 +73,19 @@ def test_the_training_seeds_in_the_readme() -> None:
 
 
 def test_the_study_of_digits() -> None:
-    stated = table("docs/results.md", "Digits")
-    rows = [row for row in study() if row["name"] != "start" and not (row["guided"] and scale(row) == 1)]
+    stated, rows = table("docs/results.md", "Digits"), [*told()]
     assert len(rows) > 8
-    for row in rows:
-        spread = "spread" if row["trained"] else "sampling_spread"
+    for name, spread, row in rows:
         metrics = row["metrics"]["digits"]
-        name = f"{row['label']}, guidance {scale(row)}" if row["guided"] else row["label"]
         assert stated[name][:4] == [shown(metrics[one]["mean"], metrics[one][spread]) for one in COLUMNS], name
+
+
+def test_the_study_of_captioned_shapes() -> None:
+    stated, rows = table("docs/results.md", "Text"), [*told("shapes-table3")]
+    whole = next(row["cost"]["operations"] for _, _, row in rows if row["name"] == "va_pi")
+    assert len(rows) == 11
+    for name, spread, row in rows:
+        seen, unseen = (row["metrics"][judge] for judge in ("shapes-detector", "shapes-detector-held_out"))
+        metrics = [*(seen[task] for task in TASKS), unseen["overall"]]
+        cost = [f"{row['cost']['operations'] / whole:.2f}"] if row["trained"] else []
+        assert stated[name] == [*(shown(one["mean"], one[spread]) for one in metrics), *cost], name
