@@ -166,6 +166,11 @@ class MethodSection(Section):
     name: str
     """The module's name."""
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether what a step does depends on how many there will be."""
+        return False
+
     def check(self, recipe: "Recipe") -> None:
         """Raise ValueError when these settings contradict another section."""
 
@@ -204,7 +209,8 @@ class Training(Section):
     batch_size: BatchSize
     """Images per update, over all processes."""
     micro_batch: BatchSize | None = None
-    """Images per forward pass in a process; none: its whole share at once. Changes rounding and dropout's masks."""
+    """Images per forward pass in a process; none: its whole share at once. Changes rounding and dropout's masks, and
+    what two methods take among the images of a pass: vq_tokenizer's usage, and the means of the detector."""
     updates_per_batch: Count = 1
     """Optimizer updates made from one batch of rollouts."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -346,8 +352,9 @@ class Recipe(Section):
             raise ValueError(f"lora is for generators; method {method.name} trains none")
         if self.lora is not None and self.generator is not None and self.generator.source is None:
             raise ValueError("lora adapts a pretrained generator: generator.source is missing")
-        if self.training.compile and (self.generator is None or method.trains != "generator"):
-            raise ValueError(f"training.compile is for generators; method {method.name} trains none")
+        for name in ("compile", "gradient_checkpointing"):
+            if getattr(self.training, name) and (self.generator is None or method.trains != "generator"):
+                raise ValueError(f"training.{name} is for generators; method {method.name} trains none")
         if self.training.updates_per_batch > 1 and not method.reuses_rollouts:
             raise ValueError(
                 f"training.updates_per_batch is {self.training.updates_per_batch}, but method {method.name} has no "

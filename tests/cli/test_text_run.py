@@ -23,6 +23,7 @@ from training_runs import crash, numbers, quiet, same, weights
 from varpi.cli.main import main
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
+from varpi.methods import build_method
 from varpi.recipe import Recipe, load_recipe
 from varpi.sampling.generate import generate
 from varpi.training.state import checkpoints
@@ -260,6 +261,12 @@ def refused(text: Path, run: Path, capsys: pytest.CaptureFixture[str], *settings
 def test_captions_without_an_encoder(text: Path, tmp_path: Path) -> None:
     with pytest.raises(VarpiError, match="captions need a text encoder, for this generator reads caption features"):
         quiet(recipe(text, "generator.text_encoder=null"), tmp_path / "run")
+
+
+def test_the_frozen_start_has_no_encoder_of_its_own(text: Path) -> None:
+    method: Any = build_method(recipe(text, "method.prior=kl"), None, "cpu")
+    assert method.model.text_encoder is not None
+    assert method.reference.text_encoder is None
 
 
 def test_features_of_another_encoder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from varpi.errors import VarpiError
 from varpi.generators.janus import Janus
 from varpi.recipe import Recipe, load_recipe
 from varpi.weights import export_original, load_generator, load_tokenizer
+from varpi.weights.pair import open_generator
 
 CAPTIONS = ("a red cat", "the blue moon", "a small dog under the moon", "a sleeping cat on a dog")
 
@@ -58,6 +59,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path, *settings: str) -> Recipe:
     return load_recipe(place / "recipe.yaml", list(settings))
+
+
+def test_a_dropout_that_it_does_not_have(place: Path) -> None:
+    open_generator(recipe(place, "generator.dropout=0"), "cpu")
+    with pytest.raises(VarpiError, match=r"generator\.dropout is 0\.1, but a Janus has none to set"):
+        open_generator(recipe(place, "generator.dropout=0.1"), "cpu")
 
 
 @pytest.mark.parametrize("which", WHICH)

@@ -15,7 +15,7 @@ from varpi.generators import LlamaGenConfig
 from varpi.methods import Method, build_method
 from varpi.methods.classifier import shifted
 from varpi.networks.convnet import SmallConvNet, load_classifier
-from varpi.recipe import Recipe, parse_recipe
+from varpi.recipe import Recipe, load_recipe, parse_recipe
 from varpi.runtime.processes import World
 from varpi.runtime.randomness import Stream, uniforms
 from varpi.tokenizers import VQConfig
@@ -236,6 +236,24 @@ def test_batch_normalization_takes_whole_batches(pair: Path) -> None:
     values["training"]["micro_batch"] = 4
     with pytest.raises(VarpiError, match=r"training\.micro_batch is 4; leave it out with method\.norm batch"):
         parse_recipe(values)
+    values["training"] |= {"micro_batch": None, "ema": 0.9}
+    with pytest.raises(VarpiError, match=r"training\.ema averages weights, not what method\.norm batch counts"):
+        parse_recipe(values)
+
+
+@pytest.mark.parametrize("name", ["classifier", "detector"])
+def test_more_stages_than_an_image_has_halves(name: str) -> None:
+    recipe = {"classifier": "digits-judge", "detector": "shapes-detector"}[name]
+    load_recipe(recipe, ["method.channels=[8, 8, 8, 8, 8, 8]"])
+    with pytest.raises(VarpiError, match=r"method\.channels names 7 stages, .* an image of 32 pixels has too few"):
+        load_recipe(recipe, ["method.channels=[8, 8, 8, 8, 8, 8, 8]"])
+
+
+@pytest.mark.parametrize("recipe", ["digits-tokenizer", "digits-judge", "shapes-detector"])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "compile"])
+def test_what_is_for_generators_alone(recipe: str, name: str) -> None:
+    with pytest.raises(VarpiError, match=rf"training\.{name} is for generators; method \w+ trains none"):
+        load_recipe(recipe, [f"training.{name}=true"])
 
 
 def test_classifier_refuses_more_classes_than_it_has(pair: Path) -> None:

@@ -10,7 +10,9 @@ from training_runs import crash, numbers, quiet, same, weights
 from varpi.data.mirrored import Mirrored
 from varpi.data.source import open_dataset
 from varpi.errors import VarpiError
+from varpi.methods.next_token import NextToken
 from varpi.methods.token_cache import cached_tokens
+from varpi.training.validation import as_batch
 
 
 def tokens_of(source: Path, folder: Path, seed: int = 2) -> torch.Tensor:
@@ -49,6 +51,20 @@ def test_an_unreadable_image_has_no_tokens(tmp_path: Path) -> None:
     tokens = tokens_of(images, tmp_path / "cache")
     assert [row for row in range(12) if (tokens[row] < 0).all()] == [2, 8]
     assert (tokens >= 0).sum() == 10 * 16
+
+
+def test_an_image_that_can_be_read_again_is_encoded(tmp_path: Path) -> None:
+    images = tiny.images(tmp_path / "images", per_class=2)
+    good = (images / "b" / "0.png").read_bytes()
+    (images / "b" / "0.png").write_bytes(b"no image")
+    tokens = tokens_of(images, tmp_path / "cache")
+    (images / "b" / "0.png").write_bytes(good)
+    dataset, tokenizer = Mirrored(open_dataset(images, image_size=16)), tiny.tokenizer()
+    method = NextToken(tiny.generator(), tokenizer, None, tokens=tokens)
+    chosen = [2, 3, 8]
+    batch = as_batch(method, {index: dataset[index] for index in chosen}, "cpu")
+    assert torch.equal(method.encode(batch), tokenizer.encode(batch.images))
+    assert (tokens[chosen] < 0).any()
 
 
 def test_training_from_cached_tokens_is_training(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,10 @@ def test_with_adapters_the_start_is_the_model_without_them(
         (("method.estimator=both", "method.compat.rollout_in_eval=true"), "rollout_in_eval makes ratios that are not"),
         (("method.estimator=both", "method.scale_by_std=false"), "scale_by_std is False, which is for estimator"),
         (("method.estimator=first_order", "method.baseline=leave_one_out"), "baseline is leave_one_out, which is for"),
+        (
+            ("method.estimator=first_order", "method.clip_range=0.1"),
+            "clip_range is 0.1, which is for ratios; estimator",
+        ),
         (("method.context_noise_source=model", "method.context_noise=0"), "context_noise_source is model but context_"),
         (("method.prior_guidance=2",), "prior_guidance is set but prior is cross_entropy"),
         (("method.prior=guided", "method.prior_guidance=0.5"), "method.prior_guidance is 0.5; it must be greater"),

@@ -46,7 +46,7 @@ def test_the_loss_of_a_contest_by_hand(pair: Path) -> None:
     batch = first_batch(recipe)
     with torch.no_grad():
         outcome = method.loss(batch, 0)
-        images, latents, codes = method.tokenizer(batch.images)
+        images, latents, codes = method.vq(batch.images)
         real, fake = method.model.discriminator(batch.images), method.model.discriminator(images)
         distance = (latents - codes).square().sum(1).mean()
         expected = F.mse_loss(images, batch.images) + 1.25 * distance
@@ -84,7 +84,7 @@ def test_before_the_start_there_is_no_contest(pair: Path) -> None:
 
 def test_weight_zero_builds_none(pair: Path) -> None:
     method: Any = build_method(vq_recipe(pair), 3, "cpu")
-    assert method.model is method.tokenizer
+    assert method.model is method.vq
     assert method.perceptual is None
 
 
@@ -118,7 +118,7 @@ def test_lpips_by_hand(pair: Path, tmp_path: Path) -> None:
     batch = first_batch(recipe)
     with torch.no_grad():
         outcome = method.loss(batch, 0)
-        images, latents, codes = method.tokenizer(batch.images)
+        images, latents, codes = method.vq(batch.images)
         distance = package(images, batch.images).mean()
     expected = 1.25 * (latents - codes).square().sum(1).mean() + 2 * distance
     torch.testing.assert_close(outcome.loss, expected, atol=1e-5, rtol=1e-5)

@@ -8,9 +8,10 @@ import sys
 import threading
 
 import pytest
+import torch.distributed as dist
 
 from varpi.errors import VarpiError
-from varpi.runtime.processes import World, stop_request
+from varpi.runtime.processes import World, joined_world, stop_request
 
 PROGRAM = """
 import time
@@ -38,6 +39,20 @@ with joined_world("cpu") as world:
     left = time.time()
 print(f"{left:.3f} {time.time():.3f}", flush=True)
 """
+
+
+def test_a_group_that_was_there_before_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="mine"), joined_world("cpu"):
+        raise ValueError("mine")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with joined_world("cpu"):
+            pass
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_processes() -> None:

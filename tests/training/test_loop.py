@@ -1,6 +1,10 @@
 """The training loop: what a run is, writes and refuses."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -172,6 +176,26 @@ def test_tensorboard_holds_what_the_log_holds(pair: Path, tmp_path: Path, monkey
         assert event.value == pytest.approx(row["loss"], rel=1e-6)
 
 
+def test_a_run_of_wandb_has_an_id_of_its_own(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept by a resume, and no other run's, whatever its directory is called."""
+    begun: list[dict[str, Any]] = []
+
+    def init(**asked: Any) -> Any:
+        begun.append(asked)
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.init = init  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    recipe = tiny.recipe(pair, "training.steps=4", "training.save_every=2", "logging.wandb=mine")
+    crash(monkeypatch, recipe, tmp_path / "one" / "run", 3)
+    quiet(recipe, tmp_path / "one" / "run", resume=True)
+    quiet(recipe, tmp_path / "two" / "run")
+    assert {(one["project"], one["name"]) for one in begun} == {("mine", "run")}
+    assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]
+
+
 # -- what is refused, and leaves everything as it was
 
 
@@ -215,6 +239,12 @@ def test_steps_may_not_change_under_a_cosine(pair: Path, tmp_path: Path) -> None
     run = quiet(tiny.recipe(pair, "training.steps=1", "optimizer.schedule=cosine"), tmp_path / "run")
     with pytest.raises(VarpiError, match=r"training\.steps is 1 there and 2 here"):
         quiet(tiny.recipe(pair, "training.steps=2", "optimizer.schedule=cosine"), run, resume=True)
+
+
+def test_steps_may_not_change_under_noise_that_changes_with_them(pair: Path, tmp_path: Path) -> None:
+    run = quiet(tiny.recipe(pair, "training.steps=1", "method.context_noise_end=0.5"), tmp_path / "run")
+    with pytest.raises(VarpiError, match=r"training\.steps is 1 there and 2 here"):
+        quiet(tiny.recipe(pair, "training.steps=2", "method.context_noise_end=0.5"), run, resume=True)
 
 
 def test_what_changes_no_number_may_change(pair: Path, tmp_path: Path) -> None:

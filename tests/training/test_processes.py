@@ -20,6 +20,7 @@ from launch import several
 from training_runs import numbers, quiet, steps_saved, weights
 
 from varpi.errors import VarpiError
+from varpi.recipe import load_recipe
 from varpi.runtime.processes import World
 from varpi.training import read_metrics
 from varpi.training.sharding import part_held, shard
@@ -254,3 +255,39 @@ def test_four_processes_then_two_then_one(pair: Path, parquet: Path, kind: str, 
     for row, other in zip(numbers(tmp_path / "run"), numbers(one), strict=True):
         for name in COMPARED:
             assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (row["step"], name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        (
+            "digits-tokenizer",
+            ("method.adversarial_weight=0.1", "method.usage_weight=0", "preview={every: 1, images: 2}"),
+        ),
+        ("digits-perceptual", ()),
+    ],
+)
+def test_what_makes_tokenizers_and_judges_in_two_processes(
+    recipe: str, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    """With validation, and pictures where there are any: the losses of one process."""
+    shared = ["training.steps=2", "training.batch_size=8", "validation={every: 1, images: 12}", *settings]
+    given = [part for setting in shared for part in ("--set", setting)]
+    several(2, ["train", recipe, "--output", tmp_path / "two", *given])
+    one = quiet(load_recipe(recipe, shared), tmp_path / "one")
+    for row, other in zip(numbers(tmp_path / "two"), numbers(one), strict=True):
+        for name in {"loss", "mse", "adversarial", "discriminator", "validation_loss", "preview_loss"} & other.keys():
+            assert row[name] == pytest.approx(other[name], rel=1e-4), (row["step"], name)
+    assert weights(tmp_path / "two").keys() == weights(one).keys()
+
+
+def test_a_detector_in_two_processes(tmp_path: Path) -> None:
+    """Its means are over what answers in a process's own images, so that only the validation before it agrees."""
+    shared = ["training.steps=2", "training.batch_size=8", "training.precision=fp32", "method.channels=[8, 8, 16]"]
+    shared += ["validation.every=1", "validation.images=4"]
+    several(2, ["train", "shapes-detector", "--output", tmp_path / "two"] + [p for s in shared for p in ("--set", s)])
+    one = quiet(load_recipe("shapes-detector", shared), tmp_path / "one")
+    rows = [[row["loss"] for row in numbers(run) if "loss" in row] for run in (tmp_path / "two", one)]
+    assert rows[0] == pytest.approx(rows[1], rel=0.1)
+    before, after = weights(tmp_path / "two"), weights(one)
+    assert all(torch.allclose(before[name], after[name], atol=5e-3) for name in after)

@@ -37,7 +37,7 @@ from varpi.runtime.last_words import first_to_say, last_words
 COMMANDS = (demo, recipes, train, sample, evaluate, study, play, encode, export, push, report, doctor, completion)
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 LESS_MEMORY = {
-    "train": "set training.micro_batch lower (and method.reward.decode_batch, if there is one), or "
+    "train": "set training.micro_batch lower (and method.reward.decode_batch, if there is one) or, of a generator, "
     "training.gradient_checkpointing: true",
     "report": "set --samples lower",
     "demo": "set --samples lower",

@@ -3,6 +3,7 @@
 Shapes: B images of H x W pixels.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,9 @@ class Settings(MethodSection):
         micro_batch = recipe.training.micro_batch
         if self.norm == "batch" and micro_batch is not None:
             raise ValueError(f"training.micro_batch is {micro_batch}; leave it out with method.norm batch")
+        if self.norm == "batch" and recipe.training.ema is not None:
+            raise ValueError("training.ema averages weights, not what method.norm batch counts; leave one out")
+        check_stages(self.channels, recipe)
 
 
 class Classifier:
@@ -73,6 +77,16 @@ class Classifier:
 
     def save(self, path: Path, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
         save_classifier(self.model, path, state_dict, extra)
+
+
+def check_stages(channels: Sequence[int], recipe: Recipe) -> None:
+    """Raise ValueError for more stages than the images have halves."""
+    size = recipe.data.image_size
+    if size < 2 ** (len(channels) - 1):
+        raise ValueError(
+            f"method.channels names {len(channels)} stages, each of half the resolution; an image of {size} pixels has "
+            "too few for that"
+        )
 
 
 def shifted(images: Tensor, by: Tensor) -> Tensor:

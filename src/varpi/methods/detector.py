@@ -20,6 +20,7 @@ from varpi.data.rendering import box_of
 from varpi.data.scenes import SHAPE_COLORS, SHAPES
 from varpi.data.shapes import CaptionedShapes
 from varpi.methods import Outcome
+from varpi.methods.classifier import check_stages
 from varpi.networks.convnet import SmallConvNet, save_classifier
 from varpi.networks.shapes_detector import DETECTOR_OUTPUTS, Cells, cell_centres, read_cells
 from varpi.recipe import Int, MethodSection, Recipe
@@ -46,6 +47,7 @@ class Settings(MethodSection):
             raise ValueError(
                 f"data.source is {recipe.data.source}; method detector learns from scenes it knows: shapes"
             )
+        check_stages(self.channels, recipe)
 
 
 class ShapesDetection:

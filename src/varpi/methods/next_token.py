@@ -49,7 +49,10 @@ class NextToken(GeneratorMethod):
     def encode(self, batch: Batch) -> Tensor:
         if self.tokens is None:
             return super().encode(batch)
-        return self.tokens[batch.indices].long().to(self.device)
+        tokens = self.tokens[batch.indices]
+        if tokens.min() < 0:  # of an image that could not be read when the cache was made, and now can
+            return super().encode(batch)
+        return tokens.long().to(self.device)
 
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> NextToken:

@@ -100,7 +100,7 @@ def parts(recipe: Recipe, num_classes: int | None, device: str, *, reference: bo
     pair = load_pair(recipe, num_classes, device)
     frozen = None
     if reference and recipe.lora is None:
-        frozen = open_generator(recipe, device)
+        frozen = open_generator(recipe, device, reads_captions=False)
         frozen.requires_grad_(False).eval()
     return {
         "generator": pair.generator,

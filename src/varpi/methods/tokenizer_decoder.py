@@ -43,8 +43,6 @@ class Settings(MethodSection):
     def check(self, recipe: Recipe) -> None:
         if recipe.lora is not None:
             raise ValueError("lora adapts generators; method tokenizer_decoder leaves the generator as it is")
-        if recipe.training.gradient_checkpointing:
-            raise ValueError("training.gradient_checkpointing is for generators that are trained; leave it out")
 
 
 class TokenizerDecoder(GeneratorMethod):

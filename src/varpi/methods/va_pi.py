@@ -92,6 +92,10 @@ class Settings(MethodSection):
     compat: Compat = Compat()
 
     @property
+    def follows_steps(self) -> bool:
+        return self.context_noise_end is not None
+
+    @property
     def has_start(self) -> bool:
         """Whether the prior needs the generator as it was before training."""
         return self.prior != "cross_entropy" and self.prior_weight > 0
@@ -133,6 +137,8 @@ class Settings(MethodSection):
         if self.estimator == "first_order":
             if self.credit != "image":
                 raise ValueError(f"credit is {self.credit}, but the first_order estimator has no advantages to credit")
+            if self.clip_range != type(self).model_fields["clip_range"].default:
+                raise ValueError(f"clip_range is {self.clip_range}, which is for ratios; estimator is first_order")
             if self.prior == "kl":
                 raise ValueError("prior is kl, which is estimated on the policy's samples; estimator is first_order")
             if self.compat.rollout_in_eval:

@@ -41,7 +41,8 @@ class Settings(MethodSection):
     """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
     commitment_weight: Weight = 0.25
     usage_weight: Weight = 0.0
-    """Weight of the distance from each code to its nearest latent of the batch, which keeps all codes in use."""
+    """Weight of the distance from each code to its nearest latent, which keeps all codes in use; nearest among the
+    images that a process passes at once."""
     adversarial_weight: Weight = 0.0
     """Weight of what a patch discriminator says of the reconstructions; 0 builds none."""
     adversarial_start: Annotated[Int, Field(ge=0)] = 0
@@ -69,6 +70,12 @@ class Contest(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.discriminator = discriminator
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.decode(tokens)
 
     def forward(self, images: Tensor, judge: bool) -> tuple[Any, ...]:
         """The tokenizer's three outputs and, when it is to `judge`, three times the discriminator's logits.
@@ -100,8 +107,9 @@ class VqTokenizer:
         precision: str = "fp32",
         device: str = "cpu",
     ) -> None:
-        self.tokenizer = tokenizer
+        self.vq = tokenizer
         self.model: Any = tokenizer if discriminator is None else Contest(tokenizer, discriminator)
+        self.tokenizer = self.model  # as a whole, which is what several processes shard
         self.settings = settings
         self.perceptual = perceptual
         self.precision = precision
@@ -119,7 +127,7 @@ class VqTokenizer:
         settings = self.settings
         real = given = fake = None
         with self.stages("tokenizer"), autocast(self.device, self.precision):
-            if self.model is self.tokenizer:
+            if self.model is self.vq:
                 images, latents, codes = self.model(batch.images)
             else:
                 judge = step >= settings.adversarial_start
@@ -131,7 +139,7 @@ class VqTokenizer:
         metrics = {"mse": mse.detach(), "commitment": commitment.detach()}
         if settings.usage_weight > 0:
             vectors = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
-            usage = 2 - 2 * (self.tokenizer.quantize.unit_codes() @ vectors.T).amax(dim=1).mean()
+            usage = 2 - 2 * (self.vq.quantize.unit_codes() @ vectors.T).amax(dim=1).mean()
             loss = loss + settings.usage_weight * usage
             metrics["usage"] = usage.detach()
         if self.perceptual is not None:
@@ -150,14 +158,14 @@ class VqTokenizer:
     def validation_loss(self, batch: Batch) -> Tensor:
         """Mean squared error of the reconstruction through the tokens."""
         self.model.eval()
-        return F.mse_loss(self.tokenizer.decode(self.tokenizer.encode(batch.images)), batch.images)
+        return F.mse_loss(self.model.decode(self.model.encode(batch.images)), batch.images)
 
     def save(self, path: Path, state_dict: dict[str, Tensor], extra: dict[str, str]) -> None:
         """The tokenizer alone; nobody decodes with a discriminator."""
-        if self.model is not self.tokenizer:
+        if self.model is not self.vq:
             prefix = "tokenizer."
             state_dict = {k.removeprefix(prefix): value for k, value in state_dict.items() if k.startswith(prefix)}
-        save_tokenizer(self.tokenizer, path, state_dict=state_dict, extra=extra)
+        save_tokenizer(self.vq, path, state_dict=state_dict, extra=extra)
 
 
 def from_recipe(recipe: Recipe, num_classes: int | None, device: str) -> VqTokenizer:

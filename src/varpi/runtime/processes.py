@@ -142,19 +142,16 @@ def joined_world(device: str | None) -> Iterator[World]:
     """`join_world`, and leave it in order: a process that is through waits for the others.
 
     One that ended while others were still in their last exchange would take them down with it. After an exception there
-    is no waiting, for the others may never come.
+    is no waiting, for the others may never come. A process group that was there before stays.
     """
+    had = dist.is_initialized()
     world = join_world(device)
     try:
         yield world
         world.barrier()
     finally:
-        leave_world()
-
-
-def leave_world() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        if not had and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import resource
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -212,7 +213,11 @@ class _WandB:
     def __init__(self, run: Path, project: str) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self._run = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
+        of_run = run / ".wandb-id"  # a run that is resumed goes on there; others may have its directory's name
+        if not of_run.is_file():
+            write_text(of_run, secrets.token_hex(8))
+        name = of_run.read_text()
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), id=name, resume="allow")
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(metrics, step=step)

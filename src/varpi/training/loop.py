@@ -1,8 +1,9 @@
 """The training loop: batches in, updates out, whatever the method.
 
 Every random draw is a function of the recipe's seed and the step, and of the image's place in the global batch, so the
-number of processes and the micro-batch size change no number but rounding. Dropout's masks alone are keyed by process
-and micro-batch instead, as they are drawn inside the network. A resume changes nothing at all.
+number of processes and the micro-batch size change no number but rounding. Dropout's masks are keyed by process and
+micro-batch instead, as they are drawn inside the network, and two methods that make tokenizers and judges take means
+among the images of a pass (`training.micro_batch` names them). A resume changes nothing at all.
 """
 
 import dataclasses
@@ -82,7 +83,8 @@ def train(
         Stopped: SIGTERM or SIGINT came, and the run has saved where it stood.
     """
     run = Path(output)
-    with torch.random.fork_rng(), joined_world(device) as world, RunLock(run) as lock:  # the caller's draws stay his
+    own_draws = torch.random.fork_rng(range(torch.cuda.device_count()))  # the caller's stay as they are
+    with own_draws, joined_world(device) as world, RunLock(run) as lock:
         stopped = _train(recipe, run, world, lock, resume, show, watch if world.is_main else None)
     if stopped is not None:
         raise stopped

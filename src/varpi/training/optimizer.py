@@ -14,10 +14,10 @@ from varpi.training.sharding import local
 class AdamW16(torch.optim.Optimizer):
     """AdamW whose moments are kept in bfloat16: 4 bytes for each weight in place of 8.
 
-    Everything is computed in float32, and what is kept of it rounded up or down at random, by how near it is. Rounded
-    to the nearest, the second moment would stand still: a step changes it by a thousandth (1 - β2), bfloat16 tells
-    apart no less than 1 in 256. The draws are keyed by seed, step, parameter and process, so that a resume goes on
-    with them.
+    Everything is computed in float32; the new moments are rounded up or down at random, by how near they are, before
+    they are kept and used. Rounded to the nearest, the second moment would stand still: a step changes it by a
+    thousandth (1 - β2), bfloat16 tells apart no less than 1 in 256. The draws are keyed by seed, step, parameter and
+    process, so that a resume goes on with them.
     """
 
     def __init__(

@@ -114,7 +114,8 @@ def check_run(run: Path, recipe: Recipe, resume: bool) -> None:
         raise VarpiError(f"{run} already holds a run ({state}); continue it with --resume or choose another --output")
     before = _flatten(_complete(read_yaml(run / "recipe.yaml")))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
-    free = FREE_TO_CHANGE | ({"training.steps"} if recipe.optimizer.schedule == "constant" else set())
+    scheduled = recipe.optimizer.schedule != "constant" or recipe.method.follows_steps
+    free = FREE_TO_CHANGE if scheduled else FREE_TO_CHANGE | {"training.steps"}
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in free and not key.startswith(("logging.", "preview")):
             raise VarpiError(

@@ -40,7 +40,7 @@ def shard(model: nn.Module, world: World, over: Literal["all", "node"] = "all") 
         for block in model.blocks:
             fully_shard(block, **settings)
     fully_shard(model, **settings)
-    for name in ("logits", "prefill", "decode_step", "encode", "decode"):
+    for name in ("logits", "prefill", "decode_step", "encode", "decode", "maps"):
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
 

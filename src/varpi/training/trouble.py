@@ -32,7 +32,7 @@ def explained(run: Path, progress: Progress) -> Iterator[None]:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):
             what = (
                 "out of memory; use more processes, or start again with a lower training.micro_batch (and "
-                "method.reward.decode_batch, if there is one) or training.gradient_checkpointing: true"
+                "method.reward.decode_batch, if there is one) or, of a generator, training.gradient_checkpointing: true"
             )
         elif isinstance(error, OverflowError) or any(words in text for words in _OVERFLOW):
             what = "a number overflowed in the update; start again with a lower optimizer.learning_rate"

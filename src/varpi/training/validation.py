@@ -35,7 +35,7 @@ class Validator:
         whole = len(self._dataset)
         self._count = min(recipe.validation.images or whole, whole)
         self._indices = [i * whole // self._count for i in range(self._count)]
-        self._size = recipe.training.micro_batch or recipe.training.batch_size
+        self._size = recipe.training.micro_batch or recipe.training.batch_size // world.size  # as in training
         self._source = f"{recipe.data.source}[{recipe.validation.split}]"
         self._said: dict[str, tuple[int, str]] = {}
 
@@ -78,11 +78,12 @@ class Validator:
 def as_batch(method: Method, items: dict[int, Item], device: str) -> Batch:
     """Items by their index, as a method takes them."""
     conditions = collate_conditions([item.condition for item in items.values()])
+    indices = torch.tensor([*items])
     return Batch(
         images=torch.stack([item.image for item in items.values()]).to(device),
         condition=prepare_condition(method, conditions, device),
-        positions=torch.arange(len(items)),
-        indices=torch.tensor([*items]),
+        positions=indices,  # so that no draw depends on what shares the batch
+        indices=indices,
         bad=0,
     )
 

@@ -159,8 +159,11 @@ def load_pair(recipe: Recipe, num_classes: int | None, device: str) -> Pair:
     return pair
 
 
-def open_generator(recipe: Recipe, device: str) -> Generator:
-    """The generator that the recipe begins with, as it is before any training."""
+def open_generator(recipe: Recipe, device: str, *, reads_captions: bool = True) -> Generator:
+    """The generator that the recipe begins with, as it is before any training.
+
+    reads_captions: with the recipe's text encoder, where it names one.
+    """
     section = recipe.generator
     assert section is not None
     if section.source is None:
@@ -177,10 +180,14 @@ def open_generator(recipe: Recipe, device: str) -> Generator:
             compat=section.compat,
         )
     if section.dropout is not None:
-        for module in generator.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = section.dropout
-    if section.text_encoder is not None:
+        places = [module for module in generator.modules() if isinstance(module, nn.Dropout)]
+        if section.dropout > 0 and not any(isinstance(module, nn.Dropout) for module in generator.blocks.modules()):
+            raise VarpiError(
+                f"generator.dropout is {section.dropout}, but a {type(generator).__name__} has none to set"
+            )
+        for module in places:
+            module.p = section.dropout
+    if section.text_encoder is not None and reads_captions:
         give_text_encoder(generator, section.text_encoder, device)
     return generator
 
