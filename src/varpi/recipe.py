@@ -164,7 +164,7 @@ class MethodSection(Section):
     """Whether held-out images have a reward beside their loss."""
 
     name: str
-    """The module's name."""
+    """Of the method."""
 
     @property
     def follows_steps(self) -> bool:
@@ -182,6 +182,7 @@ class Lora(Section):
     alpha: Annotated[Float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' inputs."""
     targets: list[str] | None = None
     """Last parts of the names of the linear layers to adapt; none: all of the transformer's blocks."""
 
@@ -190,6 +191,7 @@ class Optimizer(Section):
     """AdamW; norms are not decayed."""
 
     learning_rate: Annotated[Float, Field(gt=0)]
+    """After the warm-up."""
     weight_decay: Weight = 1e-4
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[Float, Field(gt=0)] = 1e-8
@@ -251,7 +253,7 @@ class Validation(Section):
     every: Count
     """Steps between validations."""
     images: Count | None = None
-    """How many held-out images, spread evenly over the split; none: all."""
+    """How many held-out images, spread evenly over the split (of a streamed table, its first); none: all."""
     best_by: Literal["loss", "reward"] | None = "loss"
     """Which of the two says what the best weights are, which the run gives back; null: it gives back the last."""
     patience: Count | None = None

@@ -11,9 +11,10 @@ from varpi.cli import needs
 from varpi.cli.main import COMMANDS, main
 from varpi.cli.needs import needs_of
 from varpi.recipe import Recipe, load_recipe
+from varpi.weights import load_generator
 
 
-def found(recipe: Recipe) -> dict[str, tuple[bool, str]]:
+def found(recipe: Recipe) -> dict[str, tuple[bool | None, str]]:
     return {need.what: (need.there, need.finding) for need in needs_of(recipe)}
 
 
@@ -30,7 +31,16 @@ def test_what_a_released_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("c2i_XXL_384.pt", "vq_ds16_c2i.pt", "hub/checkpoints/vgg16-397923af.pth"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "data/imagenet").mkdir(parents=True)
+    for split, names in (("train", ("n01", "n02")), ("val", ("n01", "n02"))):
+        said = found(load_recipe("llamagen-c2i-xxl"))["data.source"]
+        assert said[0] is False
+        for name in names:
+            (tmp_path / "data/imagenet" / split / name).mkdir(parents=True)
+        said = found(load_recipe("llamagen-c2i-xxl"))["data.source"]
+        assert said[1].startswith(
+            f"data/imagenet/{split}: no class folders with images; expected data/imagenet/{split}/"
+        )
+        (tmp_path / "data/imagenet" / split / "n02/a.JPEG").touch()
     after = found(load_recipe("llamagen-c2i-xxl"))
     assert all(after[what][0] for what in ("generator.source", "tokenizer.source", "data.source"))
     assert after["weights of lpips-vgg"] == (True, str(tmp_path / "hub/checkpoints/vgg16-397923af.pth"))
@@ -58,7 +68,6 @@ def test_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
             "generator.source",
             "made by another recipe: varpi train digits-gen",
         ),
-        ("generator.source=me/there", "generator.source", "not in the Hub's cache: hf download me/there"),
         ("tokenizer.source=gone/deep/x.pt", "tokenizer.source", "gone/deep/x.pt is not here"),
         ("data.source=gone", "data.source", "gone is not here: --set data.source=YOURS"),
         ("data.caption_features=gone", "data.caption_features", "varpi encode captions"),
@@ -75,6 +84,27 @@ def test_what_is_missing(
     missing = {name: why for name, (one, why) in found(tiny.recipe(pair, setting)).items() if not one}
     assert list(missing) == [what]
     assert finding in missing[what]
+
+
+def test_what_would_be_downloaded(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    settings = ("generator.source=me/there", "data.source=me/photos", "method.reward.perceptual_weight=1")
+    needs = found(tiny.recipe(pair, *settings))
+    for what, finding in (
+        ("generator.source", "me/there is not in the Hub's cache: downloaded, or by hf download me/there"),
+        ("data.source", "me/photos is not here: downloaded as a dataset of the Hub, or --set data.source=YOURS"),
+        ("weights of lpips-vgg", "downloaded at first use, or put there"),
+    ):
+        assert needs[what][0] is None
+        assert finding in needs[what][1]
+    named = found(tiny.recipe(pair, *settings[2:], f"method.reward.perceptual_weights={tmp_path / 'none.pth'}"))
+    assert named["weights of lpips-vgg"][0] is False
+
+
+def test_the_weights_of_an_embedded_pair_are_counted() -> None:
+    generator = load_generator("cifar10")
+    assert needs._trained(load_recipe("cifar10")) == sum(parameter.numel() for parameter in generator.parameters())
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

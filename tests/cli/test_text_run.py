@@ -263,6 +263,12 @@ def test_captions_without_an_encoder(text: Path, tmp_path: Path) -> None:
         quiet(recipe(text, "generator.text_encoder=null"), tmp_path / "run")
 
 
+def test_captions_of_classes(pair: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encode = ["encode", "captions", pair / "images", "--text-encoder", text / "t5", "--device", "cpu"]
+    assert shell(*encode, "--output", tmp_path / "features") == 2
+    assert "it has classes, not captions; try --caption-column" in capsys.readouterr().err
+
+
 def test_the_frozen_start_has_no_encoder_of_its_own(text: Path) -> None:
     method: Any = build_method(recipe(text, "method.prior=kl"), None, "cpu")
     assert method.model.text_encoder is not None

@@ -376,6 +376,22 @@ def test_batch_size_is_the_encoders(encoder: TextEncoder, tmp_path: Path, monkey
     assert passes == [64, 36]
 
 
+def test_each_split_has_features_of_its_own(encoder: TextEncoder, tmp_path: Path) -> None:
+    """Their files have the same names, so that one's must not be taken for the other's."""
+    train, held_out = Captions(["a cat"]), Captions(["a dog"])
+    encode_captions(train, encoder, tmp_path, about={"split": "train"})
+    with pytest.raises(VarpiError, match=r"encoder.json: split is 'train', here it is 'validation'; choose another"):
+        encode_captions(held_out, encoder, tmp_path, about={"split": "validation"})
+    message = r"holds features of split 'train', not 'validation'; encode these into .*/validation \(varpi encode "
+    with pytest.raises(VarpiError, match=message):
+        WithFeatures(held_out, tmp_path, "validation")
+    encode_captions(held_out, encoder, tmp_path / "validation", about={"split": "validation"})
+    for dataset, split in ((train, "train"), (held_out, "validation")):
+        found: Any = WithFeatures(dataset, tmp_path, split)[0].condition
+        (own,) = encoder([dataset.caption(0)])
+        assert torch.allclose(found, own.float(), atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [

@@ -177,7 +177,7 @@ def test_one_early_failure_does_not_stop_the_run() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_readable_stops_even_the_tolerant(workers: int) -> None:
     batches = Batches(Numbers(5, frozenset(range(5))), batch_size=2, seed=0, workers=workers, max_bad_fraction=1)
-    with pytest.raises(VarpiError, match="32 of 32 images"):
+    with pytest.raises(VarpiError, match="1000 of 1000 images"):
         next(batches.from_step(0))
 
 
@@ -289,7 +289,9 @@ def test_items_left_out_do_not_hide_unreadable_ones() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_to_train_on_stops_the_run(workers: int) -> None:
     batches = Batches(Captions(5, frozenset(range(5))), batch_size=2, seed=0, workers=workers)
-    message = r"32 items in a row cannot be trained on: 32 of 32 left out so far, the last was \d\.jpg: no caption; see"
+    message = (
+        r"1000 items in a row cannot be trained on: 1000 of 1000 left out so far, the last was \d\.jpg: no caption; see"
+    )
     with pytest.raises(VarpiError, match=message):
         next(batches.from_step(0))
 

@@ -54,6 +54,8 @@ def test_drawbench_counts_each_prompt_once(tmp_path: Path) -> None:
         ("a.json", '["a", " "]', "a.json, row 1: has no prompt"),
         ("a.json", '[{"conversations": []}]', "row 0: has no prompt"),
         ("a.json", '[{"conversations": [{"from": "human"}]}]', "row 0: has no prompt"),
+        ("a.json", '["a", "half \\ud83d"]', "row 1: the prompt holds half a character"),
+        ("a.jsonl", '{"prompt": "half \\ud83d"}', "line 1: the prompt holds half a character"),
         ("a.tsv", "", "first line has no column Prompt"),
         ("a.tsv", "prompt\na\n", "first line has no column Prompt"),
         ("a.tsv", "Category\tPrompt\nAbstract\n", "line 2: has no prompt in its column"),

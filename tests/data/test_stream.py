@@ -1,3 +1,4 @@
+import importlib.resources
 import itertools
 import logging
 import subprocess
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -13,12 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from shards import png, red_of, write_shard, write_tar
 
 from varpi.data import BadImage, Batch, Dropped, Item
 from varpi.data.lanes import Lanes
-from varpi.data.stream import Row, StreamBatches
+from varpi.data.opening import open_held_out
+from varpi.data.stream import FirstRows, Row, StreamBatches
 from varpi.errors import VarpiError
+from varpi.recipe import parse_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +306,41 @@ def test_the_hub_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     with pytest.raises(VarpiError, match=r"org/photos: no such path here, and not .*\(cannot reach the Hub\)$"):
         _open("org/photos", caption_column="detail")
+
+
+def test_the_first_rows_of_a_stream(tmp_path: Path) -> None:
+    for split, reds in (("train", range(100, 120)), ("validation", range(8))):
+        _parquet(tmp_path / f"{split}-0.parquet", reds)
+    asked = {"image_size": 16, "split": "validation", "caption_column": "original"}
+    first = FirstRows(tmp_path, 5, **asked)
+    assert len(first) == 5
+    assert [red_of(first[index].image) for index in (0, 2)] == [0, 2]
+    assert first[1].condition == "red 1"
+    assert first.name(1).endswith("file 0 row 1")
+    with pytest.raises(Dropped, match="no caption in original"):
+        first[3]
+    assert len(FirstRows(tmp_path, 50, **asked)) == 8
+    with pytest.raises(VarpiError, match="split"):
+        FirstRows(tmp_path, 5, **{**asked, "split": "test"})
+
+
+def test_held_out_images_of_a_stream_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is prepared for random access, which would fetch the training images too."""
+    for split in ("train", "validation"):
+        _parquet(tmp_path / f"{split}-0.parquet", range(8))
+    data = {"source": str(tmp_path), "image_size": 16, "caption_column": "detail", "stream": True}
+    values: Any = yaml.safe_load((importlib.resources.files("varpi.recipes") / "janus-pro-1b.yaml").read_text())
+    recipe = parse_recipe({**values, "data": data})
+    original = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: k["streaming"] and original(*a, **k))
+    held_out = open_held_out(recipe, "validation", _open(tmp_path, caption_column="detail"), 3)
+    assert [held_out[index].condition for index in range(3)] == ["long 0", "long 1", "long 2"]
+
+    recipe = parse_recipe({**values, "data": {**data, "source": "org/photos"}})
+    with pytest.raises(
+        VarpiError, match=r"org/photos is streamed; say how many images of split 'validation' are to be"
+    ):
+        open_held_out(recipe, "validation", _open(tmp_path, caption_column="detail"), None)
 
 
 def test_fingerprint_of_files(tmp_path: Path) -> None:

@@ -200,6 +200,8 @@ def test_other_checkpoints_are_refused(place: Path, tmp_path: Path) -> None:
         VarpiError, match="no generator architecture is called 'janus-pro-1'; did you mean 'janus-pro-1b'"
     ):
         load_generator(place / "model", architecture="janus-pro-1")
+    with pytest.raises(VarpiError, match=r"config\.json says hidden_size \d+, but a janus-pro-1b has 2048; leave out"):
+        load_generator(place / "model", architecture="janus-pro-1b")
     one_missing = {name: tensor for name, tensor in tensors.items() if not name.endswith("layers.1.mlp.up_proj.weight")}
     with pytest.raises(VarpiError, match=r"1 missing: .*layers\.1\.mlp\.up_proj\.weight"):
         load_generator(_saved(one_missing, place, tmp_path))

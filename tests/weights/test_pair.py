@@ -49,6 +49,27 @@ def test_a_run_knows_its_tokenizer(run: Path, part: str) -> None:
     assert recipe.method.name == "next_token"
 
 
+def test_a_run_that_trained_a_tokenizer_knows_its_generator(
+    pair: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LlamaGen's own files do not tell their image size, and settings of compat change what a generator does."""
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    values["method"] = {"name": "tokenizer_decoder", "reward": {"perceptual_weight": 0}}
+    values["generator"] |= {"source": "c2i_B_256.pt", "architecture": "llamagen-c2i-b", "compat": {"some": True}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    shutil.copyfile(pair / "tokenizer.safetensors", run / "model.safetensors")
+    asked: dict[str, Any] = {}
+
+    def load(source: Any, **options: Any) -> Any:
+        asked.update(source=source, **options)
+        return tiny.generator()
+
+    monkeypatch.setattr("varpi.weights.pair.load_generator", load)
+    open_pair(run)
+    expected = {"source": "c2i_B_256.pt", "architecture": "llamagen-c2i-b", "image_size": 16, "compat": {"some": True}}
+    assert expected.items() <= asked.items()
+
+
 def test_anything_else_needs_one(pair: Path, run: Path) -> None:
     (run / "copy.safetensors").write_bytes((pair / "generator.safetensors").read_bytes())
     for source in (pair / "generator.safetensors", run / "copy.safetensors"):

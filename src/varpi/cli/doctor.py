@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
         "Print what is installed, the devices that torch sees, and which optional parts are present.\n"
         "Of a recipe: what it needs and what of that is missing here, with where to get it, for instance\n"
         "  varpi doctor llamagen-c2i-xxl --set data.source=data/imagenet\n"
-        "which exits with code 2 when something is missing. Nothing is loaded or downloaded.",
+        "which exits with code 2 when something is missing that training would not download. Nothing is loaded or\n"
+        "downloaded now.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     parser.add_argument(
@@ -57,8 +58,9 @@ def run(options: argparse.Namespace) -> None:
 
     needs = needs_of(load_recipe(options.recipe, options.settings))
     for need in needs:
-        say(f"{'ok' if need.there else 'MISSING':>7}  {need.what}: {need.finding}")
-    if missing := sum(not need.there for need in needs):
+        state = {True: "ok", False: "MISSING", None: "to get"}[need.there]
+        say(f"{state:>7}  {need.what}: {need.finding}")
+    if missing := sum(need.there is False for need in needs):
         raise VarpiError(f"{missing} of {len(needs)} things that {options.recipe} needs are missing")
 
 

@@ -33,7 +33,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "data", metavar="DATA", help="folder of class folders, HF dataset, parquet, Hub id, or `digits`"
     )
-    parser.add_argument("--tokenizer", required=True, help="checkpoint, Hub id, or `digits`")
+    parser.add_argument(
+        "--tokenizer", required=True, help="checkpoint, Hub id, or of an embedded pair: digits, cifar10, shapes"
+    )
     parser.add_argument("--tokenizer-architecture", help="of a foreign tokenizer: vq-16, vq-8, or a .json file")
     parser.add_argument("--image-size", type=int, required=True, help="pixels per side")
     parser.add_argument("--split", default="train", help="default: %(default)s")
@@ -49,8 +51,9 @@ def add(commands: Any) -> None:
         "captions into T5 features",
         "Encode every caption of a data source for LlamaGen, a file each, in its own layout: OUTPUT/SHARD/SAMPLE.npy\n"
         "for tar shards, OUTPUT/FILE/LINE.npy for jsonl files, OUTPUT/rows/ROW.npy for tables. Train with them by\n"
-        "--set data.caption_features=OUTPUT. Files that are there already are kept, so an interrupted run goes on;\n"
-        "under torchrun every process encodes its share.",
+        "--set data.caption_features=OUTPUT; features of a split that validates belong into OUTPUT/SPLIT.\n"
+        "Files that are there already are kept, so an interrupted run goes on; under torchrun every process encodes\n"
+        "its share.",
     )
     parser.add_argument("data", metavar="DATA", help="tar shards, jsonl files, HF dataset, parquet, or Hub id")
     parser.add_argument("--text-encoder", default=T5, help="T5 directory or Hub id (%(default)s)")
@@ -117,9 +120,8 @@ def _encode_captions(options: argparse.Namespace) -> None:
     from varpi.runtime.processes import find_world
 
     world, left_out = find_world(options.device), LeftOut()
-    dataset: Any = open_dataset(
-        options.data, image_size=1, split=options.split, caption_column=options.caption_column, min_side=0
-    )
+    # Of any size: an image of one pixel would do
+    dataset: Any = open_dataset(options.data, image_size=1, split=options.split, caption_column=options.caption_column)
     if dataset.num_classes is not None:
         raise VarpiError(f"{options.data}: it has classes, not captions; try --caption-column")
     counts = encode_captions(
@@ -128,6 +130,7 @@ def _encode_captions(options: argparse.Namespace) -> None:
         Path(options.output),
         form=options.format,
         batch_size=options.batch_size,
+        about={"split": options.split, "caption_column": options.caption_column},
         rank=world.rank,
         world_size=world.size,
         left_out=left_out,

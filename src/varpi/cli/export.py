@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "model card, as `varpi push` uploads it, for instance\n"
         "  varpi export runs/xxl --card --license mit --base-model FoundationVision/LlamaGen --output xxl",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, file, or `digits`")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, file, or of an embedded pair")
     parser.add_argument("--output", required=True, help="the file (.pt, .pth, .safetensors) or directory to write")
     parser.add_argument("--tokenizer", action="store_true", help="the checkpoint is a tokenizer")
     card = parser.add_argument_group("model card")

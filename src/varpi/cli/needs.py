@@ -1,11 +1,13 @@
 """What a recipe needs that may not be here: weights, extras, data, memory and disk. Nothing is loaded or downloaded."""
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from varpi.errors import VarpiError
 from varpi.recipe import Recipe
 from varpi.recipes import shipped_recipes
 from varpi.runtime import hub
@@ -29,7 +31,8 @@ EMBEDDED_DATA = ("digits", "captioned-digits", "shapes")
 
 class Need(NamedTuple):
     what: str
-    there: bool
+    there: bool | None
+    """None: it is not, and will be downloaded."""
     finding: str
 
 
@@ -52,9 +55,12 @@ def _weights(recipe: Recipe) -> Iterator[Need]:
         from varpi.networks.perceptual import cached_trunk, trunk_url
 
         kind = net.removeprefix("lpips-")
-        path = Path(reward.perceptual_weights or cached_trunk(kind))
-        get = f"download {trunk_url(kind)} to there"
-        yield Need(f"weights of {net}", path.is_file(), str(path) if path.is_file() else f"not at {path}: {get}")
+        named = reward.perceptual_weights
+        path = Path(named or cached_trunk(kind))
+        what, there = f"weights of {net}", path.is_file()
+        get = "this file" if named else "downloaded at first use, or put there"
+        finding = str(path) if there else f"not at {path}: {get} ({trunk_url(kind)})"
+        yield Need(what, there if named or there else None, finding)
 
 
 def _source(what: str, source: str) -> Need:
@@ -75,7 +81,7 @@ def _source(what: str, source: str) -> Need:
         return Need(what, False, f"{source} is not here")
     if hub.is_cached(match["repo"], match["revision"]):
         return Need(what, True, f"{source}, in the Hub's cache")
-    return Need(what, False, f"{source} is not in the Hub's cache: hf download {match['repo']}")
+    return Need(what, None, f"{source} is not in the Hub's cache: downloaded, or by hf download {match['repo']}")
 
 
 def _is_of_transformers(source: str | None) -> bool:
@@ -111,16 +117,36 @@ def _data(recipe: Recipe) -> Iterator[Need]:
     if source in EMBEDDED_DATA:
         yield Need("data.source", True, f"{source}, in the package")
     elif Path(source).expanduser().exists() or any(mark in source for mark in "*{"):
-        yield Need("data.source", True, source)
+        yield _local_data(recipe)
     elif recipe.data.stream and hub.ID.fullmatch(source):
         yield Need("data.source", True, f"{source}, streamed from the Hub as it comes")
+    elif hub.ID.fullmatch(source) and Path(source).parent != Path("data"):  # as shipped recipes call one's own
+        finding = f"{source} is not here: downloaded as a dataset of the Hub, or --set data.source=YOURS"
+        yield Need("data.source", None, finding)
     else:
-        hint = "a dataset of the Hub of this name would be downloaded" if hub.ID.fullmatch(source) else "name yours"
-        yield Need("data.source", False, f"{source} is not here: --set data.source=YOURS ({hint})")
+        yield Need("data.source", False, f"{source} is not here: --set data.source=YOURS")
     if recipe.data.caption_features is not None:
         there = Path(recipe.data.caption_features).is_dir()
         made = f"varpi encode captions {source} --output {recipe.data.caption_features}"
         yield Need("data.caption_features", there, recipe.data.caption_features if there else f"made by: {made}")
+
+
+def _local_data(recipe: Recipe) -> Need:
+    """Of data that are here: whether they have the splits, and of class folders whether these hold images."""
+    from varpi.data.folder import check_tree
+    from varpi.data.source import locate
+
+    source, splits = recipe.data.source, [recipe.data.split]
+    if recipe.validation is not None:
+        splits.append(recipe.validation.split)
+    try:
+        for split in splits:
+            place = locate(source, split)
+            if place.kind == "folders":
+                check_tree(place.paths[0], split)
+    except VarpiError as error:
+        return Need("data.source", False, str(error))
+    return Need("data.source", True, source)
 
 
 def _room(recipe: Recipe) -> Iterator[Need]:
@@ -152,9 +178,12 @@ def _trained(recipe: Recipe) -> int | None:
         with torch.device("meta"):
             return sum(p.numel() for p in LlamaGen(config_for(section.architecture)).parameters())
     if section.source in EMBEDDED:
+        from safetensors import safe_open
+
         from varpi.runtime.sources import embedded
 
-        return embedded(section.source, name).stat().st_size // 4
+        with safe_open(embedded(section.source, name), framework="pt") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return None
 
 

@@ -74,10 +74,11 @@ def add_pair(parser: argparse.ArgumentParser, *, default: str | None = None) -> 
         metavar="GENERATOR",
         nargs=None if default is None else "?",
         default=default,
-        help="checkpoint, run directory, Hub id, or `digits` for the embedded one",
+        help="checkpoint, run directory, Hub id, or an embedded pair: digits, cifar10, shapes",
     )
     parser.add_argument(
-        "--tokenizer", help="checkpoint, Hub id, or `digits` (default: the run's; a transformers model brings its own)"
+        "--tokenizer",
+        help="checkpoint, Hub id, or of an embedded pair (default: the run's; a transformers model brings its own)",
     )
     parser.add_argument(
         "--architecture",

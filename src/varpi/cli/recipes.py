@@ -56,7 +56,13 @@ def keys_of(method: str) -> list[str]:
     for name, field in Recipe.model_fields.items():
         if name == "method" or (name in ("generator", "tokenizer") and name not in settings.needs):
             continue
-        lines += _keys(name, section) if (section := _section(field.annotation)) else [_key(name, field)]
+        section = _section(field.annotation)
+        if section is None:
+            lines.append(_key(name, field))
+            continue
+        if type(None) in get_args(field.annotation) and name not in settings.needs:
+            lines.append(f"{name}: section, absent unless one of its keys is given")
+        lines += _keys(name, section)
     return lines
 
 
@@ -124,7 +130,10 @@ def _key(path: str, field: Any) -> str:
         default = f"default {field.default_factory()!r}"
     else:
         default = f"default {'none' if field.default is None else json.dumps(field.default, ensure_ascii=False)}"
-    return f"{path}: {_type(field.annotation)}, {default}" + (f". {said}" if said else "")
+    kind = _type(field.annotation)
+    if type(None) in get_args(field.annotation) and field.default is not None:
+        kind += " | null"
+    return f"{path}: {kind}, {default}" + (f". {said}" if said else "")
 
 
 def _section(annotation: Any) -> Any:

@@ -17,7 +17,8 @@ def add(commands: Any) -> None:
         run,
         "carry out a recipe",
         "Carry out a recipe: a YAML file, or one that ships with varpi:\n"
-        f"  {', '.join(shipped_recipes())}\n\n"
+        f"  {', '.join(shipped_recipes())}\n"
+        "(`varpi recipes` has a sentence on each).\n\n"
         "Under torchrun the model is sharded over all processes:\n"
         "  torchrun --nproc-per-node 8 -m varpi train llamagen-c2i-xxl --set data.source=data/imagenet",
     )
@@ -29,7 +30,8 @@ def add(commands: Any) -> None:
         default=[],
         dest="settings",
         metavar="KEY=VALUE",
-        help="change a value of the recipe, for instance --set optimizer.learning_rate=2e-6; may be repeated",
+        help="change a value of the recipe, for instance --set optimizer.learning_rate=2e-6 or --set validation=null; "
+        "may be repeated",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the run directory"

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from varpi.data.dataset import NO_FEATURES, BadImage, Captioned, Dropped, Item
 from varpi.data.left_out import LeftOut
 from varpi.data.text_encoder import TextEncoder
 from varpi.errors import VarpiError
-from varpi.runtime.files import clear_parts, line, write_aside, write_text
+from varpi.runtime.files import clear_parts, line, read_json, write_aside, write_text
 from varpi.runtime.numpy_files import read_npy
 from varpi.runtime.parts import difference
 
@@ -27,6 +28,7 @@ Form = Literal["safetensors", "npy"]
 """safetensors: "features" bfloat16 (L, C), which loses nothing of an encoder that computes in bfloat16. npy: float32
 (1, L, C), the files that LlamaGen's extraction writes and its training reads."""
 
+_RECORD = "encoder.json"
 _MOST_BYTES = 1 << 28  # far more than any caption has
 # Where a dataset's first items have no features, the rest have none either: a wrong root, not some dropped captions.
 _LOOKED_FOR = 1000
@@ -75,6 +77,15 @@ def read_features(path: Path) -> Tensor:
     return _checked(features, path)
 
 
+def _of_another_split(record: Path, split: str) -> str | None:
+    """The split that features are of, where their record says so and it is not this one."""
+    if not record.is_file():  # made by LlamaGen's own extraction, say
+        return None
+    said = read_json(record)
+    other = said.get("split") if isinstance(said, dict) else None
+    return None if other in (None, split) else str(other)
+
+
 def _checked(features: Tensor, path: Path) -> Tensor:
     """As float32 (L, C)."""
     if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
@@ -91,17 +102,26 @@ class WithFeatures:
     Args:
         dataset: the captions and images.
         root: directory of the files; those of an item lie at `root/key.safetensors` or else `root/key.npy`.
+        split: which one the captions are of. Where `root/split` holds features, they are read there.
 
     Raises:
-        VarpiError: none of the first 1000 items has features under `root`.
+        VarpiError: none of the first 1000 items has features under `root`, or they are those of another split.
     """
 
     num_classes = None
     class_names = None
 
-    def __init__(self, dataset: Captioned, root: str | Path) -> None:
+    def __init__(self, dataset: Captioned, root: str | Path, split: str | None = None) -> None:
         self._dataset = dataset
         self._root = Path(root).expanduser()
+        if split is not None:
+            if (self._root / split / _RECORD).is_file():
+                self._root /= split
+            if other := _of_another_split(self._root / _RECORD, split):
+                raise VarpiError(
+                    f"{root}: holds features of split {other!r}, not {split!r}; encode these into {self._root / split} "
+                    f"(varpi encode captions … --split {split})"
+                )
         looked_for = range(min(len(dataset), _LOOKED_FOR))
         if looked_for and not any(self._file(index) for index in looked_for):
             raise VarpiError(
@@ -167,6 +187,7 @@ def encode_captions(
     *,
     form: Form = "safetensors",
     batch_size: int = 32,
+    about: Mapping[str, Any] | None = None,
     rank: int = 0,
     world_size: int = 1,
     left_out: LeftOut | None = None,
@@ -181,6 +202,8 @@ def encode_captions(
     Args:
         form: of the files, see `Form`.
         batch_size: rows in one pass of the encoder; it becomes `encoder.batch_size`.
+        about: what the captions are ("split", "caption_column"), for the record; captions of other ones, whose files
+            would have the same names, are refused.
         rank: this process's number in [0, world_size); it encodes the passes k with k % world_size == rank.
         world_size: number of processes that share the work.
         left_out: where captions that cannot be used are counted.
@@ -188,7 +211,7 @@ def encode_captions(
 
     Raises:
         VarpiError: contradictory arguments, a root that cannot be written or holds the features of another encoder,
-            number of tokens or form, or features that are not finite.
+            number of tokens, form, or split, or features that are not finite.
     """
     root = Path(root).expanduser()
     if form not in get_args(Form):
@@ -199,7 +222,8 @@ def encode_captions(
         raise VarpiError(f"rank is {rank}; it must be in [0, {world_size})")
     dataset, left_out = Checked(dataset, encoder.caption_check), LeftOut() if left_out is None else left_out
     ours = {"encoder": encoder.source, "width": encoder.width, "max_tokens": encoder.max_tokens, "form": form}
-    record = root / "encoder.json"
+    ours |= about or {}
+    record = root / _RECORD
     if other := difference(record, ours):
         raise VarpiError(f"{record}: {other}; choose another root")
     if rank == 0:

@@ -77,6 +77,14 @@ class ImageFolder:
         return self._root / os.fsdecode(bytes(self._paths[index]))
 
 
+def check_tree(root: Path, split: str) -> None:
+    """Raise VarpiError where `ImageFolder` would find no class folders with an image, looking no further than one."""
+    tree = _split_root(root, split)
+    found = (path for name in directories(tree) for path in (tree / name).rglob("*"))
+    if not any(path.suffix.lower() in SUFFIXES for path in found):
+        raise VarpiError(f"{tree}: no class folders with images; expected {tree}/CLASS_NAME/IMAGE.jpg")
+
+
 def _split_root(root: Path, split: str) -> Path:
     """The tree of `split` below `root`, or `root` itself when it holds no splits and "train" is asked for."""
     # A class may be called "train" as well (COCO has one); a split holds folders where a class holds images.

@@ -27,8 +27,8 @@ from varpi.runtime.randomness import Stream, permutation, words
 
 logger = logging.getLogger(__name__)
 
-# Items tried for one place. Past this, nearly nothing can be used.
-_MAX_ATTEMPTS = 32
+# Items tried for one place, as many as a stream passes over. Past this, nearly nothing can be used.
+_MAX_ATTEMPTS = 1000
 # No verdict on the share of unreadable images before this many were opened
 _MIN_SEEN = 20
 
@@ -187,7 +187,7 @@ class Batches(Counts):
         """The batch of optimizer step `step` >= 0, loaded in this process.
 
         Raises:
-            VarpiError: more than `max_bad_fraction` of the images opened so far were unreadable, or 32 items in a row
+            VarpiError: more than `max_bad_fraction` of the images opened so far were unreadable, or 1000 items in a row
                 could not be used.
         """
         return self._checked(self._loader[step])

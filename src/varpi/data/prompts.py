@@ -52,8 +52,14 @@ def prompt_in(record: Any, where: str) -> str:
         if not found and isinstance(turns := record.get("conversations"), list) and turns:
             found = [turns[0].get("value")] if isinstance(turns[0], Mapping) else []
         if found and isinstance(found[0], str) and found[0].strip():
-            return found[0]
+            return _whole(found[0], where)
     raise VarpiError(f"{where}: has no prompt; one of the keys {', '.join(KEYS)} must hold a sentence")
+
+
+def _whole(text: str, where: str) -> str:
+    if text != text.encode(errors="ignore").decode():  # JSON can hold half of a surrogate pair, tokenizers cannot
+        raise VarpiError(f"{where}: the prompt holds half a character ({text!r:.60}); mend or leave out that line")
+    return text
 
 
 def read_geneval_metadata(path: str | Path) -> list[dict[str, Any]]:
@@ -131,7 +137,7 @@ def _json_rows(path: Path) -> list[str]:
     if not isinstance(rows, list):
         raise VarpiError(f"{path}: is a JSON {type(rows).__name__}; expected a list of prompts")
     prompts = (
-        row if isinstance(row, str) and row.strip() else prompt_in(row, f"{path}, row {i}")
+        _whole(row, f"{path}, row {i}") if isinstance(row, str) and row.strip() else prompt_in(row, f"{path}, row {i}")
         for i, row in enumerate(rows)
     )
     return list(dict.fromkeys(prompts))

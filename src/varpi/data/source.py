@@ -86,7 +86,7 @@ def open_dataset(
         raise VarpiError(f"{source}: has classes, but caption_features are for captions; leave them out")
     from varpi.data.caption_features import WithFeatures
 
-    return WithFeatures(dataset, caption_features)
+    return WithFeatures(dataset, caption_features, split)
 
 
 def caption_fields(caption_column: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -145,23 +145,9 @@ class StreamBatches(Counts):
         Raises:
             VarpiError: as `open_dataset`, and for data that needs no stream.
         """
-        if image_size < 1:
-            raise VarpiError(f"image_size is {image_size}; it must be at least 1")
-        fields = caption_fields(caption_column)
-        if fields and label_column != "label":
-            raise VarpiError(f"label_column {label_column!r} and caption_column are both given; leave out one of them")
-        known = None if classes is None else read_classes(classes)
-        place = locate(str(source), split)
-        if place.kind == "tar":
-            opened = _open_tars(place, fields or CAPTION_FIELDS, image_size, min_side)
-        elif place.kind in ("parquet", "hub"):
-            name = f"{source}[{split}]"
-            opened = _open_table(place, split, name, image_column, label_column, fields, image_size, min_side, known)
-        else:
-            raise VarpiError(f"{source}: only parquet files, tar shards and the Hub are streamed; leave out stream")
-        files, load, class_names, fingerprint = opened
-        if known is not None and class_names is None:
-            raise VarpiError(f"{source}: has captions, but {len(known)} classes are named for it; leave them out")
+        files, load, class_names, fingerprint = _open(
+            str(source), image_size, split, image_column, label_column, caption_column, min_side, classes
+        )
         return cls(files, load, class_names=class_names, fingerprint=fingerprint, **options)
 
     def check_captions(self, check: CaptionCheck | None) -> None:
@@ -277,6 +263,49 @@ class StreamBatches(Counts):
             yield from words(self._seed, Stream.STREAM_BUFFER, (epoch, block, 0), _DRAWS).tolist()
 
 
+class FirstRows:
+    """The first rows of a stream, held encoded, with random access: what is looked at while the rest streams.
+
+    Args:
+        count: of rows; fewer where the stream has no more.
+        source, others: as for `StreamBatches.open`.
+
+    Raises:
+        VarpiError: as `StreamBatches.open`, or it has no rows.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        count: int,
+        *,
+        image_size: int,
+        split: str = "train",
+        image_column: str = "image",
+        label_column: str = "label",
+        caption_column: str | Sequence[str] | None = None,
+        min_side: int | None = None,
+        classes: Classes | None = None,
+    ) -> None:
+        files, self._load, self.class_names, whole = _open(
+            str(source), image_size, split, image_column, label_column, caption_column, min_side, classes
+        )
+        self.num_classes = None if self.class_names is None else len(self.class_names)
+        self.fingerprint = hashlib.sha256(f"{whole} first {count}".encode()).hexdigest()
+        self._rows = list(itertools.islice(itertools.chain.from_iterable(file() for file in files), count))
+        if not self._rows:
+            raise VarpiError(f"{source}[{split}]: has no rows")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._load(*self._rows[index])
+
+    def name(self, index: int) -> str:
+        return self._rows[index][0]
+
+
 def _shuffled(rows: Iterator[Row], size: int, draws: Iterator[int]) -> Iterator[Row]:
     """Each row in turn takes the place of a random one of the `size` that wait, which comes out."""
     waiting = list(itertools.islice(rows, size))
@@ -288,6 +317,35 @@ def _shuffled(rows: Iterator[Row], size: int, draws: Iterator[int]) -> Iterator[
         place = next(draws) % len(waiting)
         waiting[place], waiting[-1] = waiting[-1], waiting[place]
         yield waiting.pop()
+
+
+def _open(
+    source: str,
+    image_size: int,
+    split: str,
+    image_column: str,
+    label_column: str,
+    caption_column: str | Sequence[str] | None,
+    min_side: int | None,
+    classes: Classes | None,
+) -> Opened:
+    if image_size < 1:
+        raise VarpiError(f"image_size is {image_size}; it must be at least 1")
+    fields = caption_fields(caption_column)
+    if fields and label_column != "label":
+        raise VarpiError(f"label_column {label_column!r} and caption_column are both given; leave out one of them")
+    known = None if classes is None else read_classes(classes)
+    place = locate(source, split)
+    if place.kind == "tar":
+        opened = _open_tars(place, fields or CAPTION_FIELDS, image_size, min_side)
+    elif place.kind in ("parquet", "hub"):
+        name = f"{source}[{split}]"
+        opened = _open_table(place, split, name, image_column, label_column, fields, image_size, min_side, known)
+    else:
+        raise VarpiError(f"{source}: only parquet files, tar shards and the Hub are streamed; leave out stream")
+    if known is not None and opened[2] is None:
+        raise VarpiError(f"{source}: has captions, but {len(known)} classes are named for it; leave them out")
+    return opened
 
 
 def _open_tars(place: Place, fields: Sequence[str], image_size: int, min_side: int | None) -> Opened:

@@ -34,14 +34,32 @@ def transformers() -> ModuleType:
 
 
 def described(source: Pretrained, config_for: Callable[[str], Any]) -> dict[str, Any]:
-    """What config.json holds: the checkpoint's own, or for one without it that of the named architecture."""
-    if source.config or source.architecture is None:
+    """What config.json holds: the checkpoint's own, or for one without it that of the named architecture.
+
+    Raises VarpiError where both are given and are not of the same size.
+    """
+    if source.architecture is None:
+        return source.config
+    if source.config:
+        if isinstance(source.architecture, str):
+            _check_sizes(source, config_for(source.architecture.lower()).to_dict())
         return source.config
     if not isinstance(source.architecture, str):
         raise VarpiError(
             f"{source.where}: this family's models are described by config.json; put it beside the weights"
         )
     return config_for(source.architecture.lower()).to_dict()
+
+
+def _check_sizes(source: Pretrained, named: dict[str, Any]) -> None:
+    own = source.config.get("text_config")
+    for name in ("hidden_size", "num_hidden_layers"):
+        said, expected = own.get(name) if isinstance(own, dict) else None, named["text_config"][name]
+        if said not in (None, expected):
+            raise VarpiError(
+                f"{source.where}: config.json says {name} {said!r:.40}, but a {source.architecture} has {expected}; "
+                "leave out the architecture"
+            )
 
 
 @contextmanager

@@ -26,11 +26,13 @@ class Distances(Section):
     mse_weight: Weight = 1.0
     """Mean squared error over channels and pixels, images in [-1,1]."""
     perceptual_weight: Weight = 1.0
+    """The paper's λp, of the perceptual distance."""
     l1_weight: Weight = 0.0
+    """Of the mean absolute error over channels and pixels."""
     perceptual: Literal["lpips-vgg", "lpips-alex", "digits", "shapes"] = "lpips-vgg"
     """The network of the perceptual distance; `digits` and `shapes` are embedded."""
     perceptual_weights: str | None = None
-    """File with the LPIPS trunk's weights; none: torch hub's cache, or a download."""
+    """File with the trunk of LPIPS; none: torch hub's cache, or a download."""
 
     @model_validator(mode="after")
     def _some_reward(self) -> Self:

@@ -57,9 +57,8 @@ class Settings(MethodSection):
     decoded code vectors (`varpi.objective.first_order_loss`); or by both, the second a control variate of the first,
     which leaves the gradient unbiased (`varpi.objective.residual_advantages`)."""
     score: Literal["distance", "energy"] = "distance"
-    """What a reward is: minus a sample's distance to its image (Eq. 10), which the mean of all that the image could be
-    does best by; or the energy score, which adds the distance to the image's other samples, of both the roots
-    (`varpi.objective.score_samples`)."""
+    """What a reward is: minus a sample's distance to its image (Eq. 10), by which a blur does well; or the energy
+    score, which also rewards being far from the image's other samples (`varpi.objective.score_samples`)."""
     credit: Literal["image", "local", "mixed"] = "image"
     """Of the policy estimator: advantages by image (Eq. 4), by token from the error around it, or the mean of both."""
     baseline: Baseline = "group_mean"

@@ -21,7 +21,7 @@ class Sampling:
     """
 
     guidance_scale: Annotated[float, "s >= 0; up to 1 is no guidance, which costs half as much"] = 1.0
-    guidance_interval: Annotated[int, "k >= 0 guides only the first token and decoding steps 0..k; -1: all"] = -1
+    guidance_interval: Annotated[int, "k >= 0 guides the first k + 2 tokens only; -1: every one"] = -1
     guidance_schedule: Annotated[Schedule, "of the scale over the decoding steps"] = "constant"
     guidance_power: Annotated[float, "of power-cosine, above 0"] = 2.0
     temperature: Annotated[float, "above 0; logits are divided by it"] = 1.0
@@ -40,7 +40,9 @@ class Sampling:
         if not 0 <= self.guidance_scale < math.inf:
             raise VarpiError(f"guidance_scale is {self.guidance_scale}; it must be at least 0 and finite")
         if self.guidance_interval < -1:
-            raise VarpiError(f"guidance_interval is {self.guidance_interval}; it must be at least 0, or -1 for none")
+            raise VarpiError(
+                f"guidance_interval is {self.guidance_interval}; it must be at least 0, or -1 for every token"
+            )
         if self.guidance_schedule not in ("constant", "power-cosine"):
             raise VarpiError(
                 f"guidance_schedule is {self.guidance_schedule!r}; it must be 'constant' or 'power-cosine'"

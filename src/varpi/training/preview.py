@@ -41,7 +41,8 @@ class Previewer:
         self._settings = recipe.preview
         self._recipe, self._world = recipe, world
         try:
-            self._dataset = open_held_out(recipe, recipe.preview.split, batches)
+            some = 4 * recipe.preview.images  # for not each can be used
+            self._dataset = open_held_out(recipe, recipe.preview.split, batches, some)
         except VarpiError as error:
             raise VarpiError(f"preview.split is {recipe.preview.split!r}: {error}") from error
         self._items: dict[int, Any] = {}

@@ -7,7 +7,7 @@ setting changes is counted where it happens, and neither weights nor data need b
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,21 @@ class Rates:
     """Read and written."""
 
 
+@contextmanager
+def _without_numbers(recipe: Recipe, *passed: type[Exception]) -> Iterator[None]:
+    """Say in a VarpiError of a method that it cannot be reckoned. What an operation raises that needs numbers depends
+    on the operation; errors that are `passed` on are no such ones."""
+    try:
+        yield
+    except passed:
+        raise
+    except Exception as error:
+        text = " ".join(f"{error}".split())
+        raise VarpiError(
+            f"--dry-run cannot reckon method {recipe.method.name}: a step of it needs numbers ({text:.150})"
+        ) from error
+
+
 def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
     """The memory and the work of one update of a recipe in one process.
 
@@ -102,7 +117,7 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
         indices=torch.arange(images),
         bad=0,
     )
-    with torch.random.fork_rng(), without_weights():
+    with torch.random.fork_rng(), without_weights(), _without_numbers(recipe, VarpiError):
         method = build_method(_bare(recipe), _classes(recipe), "meta")
     with Ledger() as ledger, as_on_a_card() if cuda else nullcontext():
         enter(part for part in vars(method).values() if isinstance(part, torch.nn.Module))
@@ -122,14 +137,9 @@ def reckon(recipe: Recipe, *, cuda: bool = False) -> Reckoning:
         method.stages = LedgerStages(ledger)
         ledger.forget()
         trainer = Trainer(recipe, method, optimizer, World(0, 1, "cpu"), average)
-        try:
+        with _without_numbers(recipe):
             for _ in trainer.updates(batch, 0, Progress()):
                 pass
-        except Exception as error:  # what an operation raises that needs numbers depends on the operation
-            text = " ".join(f"{error}".split())
-            raise VarpiError(
-                f"--dry-run cannot reckon method {recipe.method.name}: a step of it needs numbers ({text:.150})"
-            ) from error
     stages = {name: stage for name, stage in ledger.stages.items() if stage.top}
     whole = training.batch_size / images
     standing = {name: size for name, size in standing.items() if size}

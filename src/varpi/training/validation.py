@@ -29,7 +29,7 @@ class Validator:
         self._rewards = recipe.method.rewards_held_out
         self._world = world
         try:
-            self._dataset = open_held_out(recipe, recipe.validation.split, batches)
+            self._dataset = open_held_out(recipe, recipe.validation.split, batches, recipe.validation.images)
         except VarpiError as error:
             raise VarpiError(f"validation: {error}; or train without it: --set validation=null") from error
         whole = len(self._dataset)

@@ -79,7 +79,15 @@ def open_pair(
         assert recipe.generator.source is not None
         tokenizer = source if tokenizer is None else tokenizer
         source, architecture = recipe.generator.source, architecture or recipe.generator.architecture
-    generator = load_generator(source, architecture=architecture, image_size=image_size, device=device, dtype=dtype)
+        image_size = image_size or recipe.data.image_size
+    generator = load_generator(
+        source,
+        architecture=architecture,
+        image_size=image_size,
+        device=device,
+        dtype=dtype,
+        compat=recipe.generator.compat if recipe is not None and recipe.generator is not None else None,
+    )
     if tokenizer is None and tokenizer_architecture is None:
         if (isinstance(source, str) and source in EMBEDDED) or generator.hf_config is not None:
             tokenizer, tokenizer_architecture = source, architecture
