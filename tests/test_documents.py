@@ -68,8 +68,14 @@ RUN = {
     "varpi evaluate runs/xxl --count 50000 --resize 256 --reference VIRTUAL_imagenet256_labeled.npz --cache cache "
     "--json xxl.json": "varpi evaluate runs/xxl --count 12 --resize 256 --reference VIRTUAL_imagenet256_labeled.npz "
     "--cache cache --json xxl.json --metrics precision,recall --weights inception.pth",
+    "varpi sample c2i_XXL_384.pt --tokenizer vq_ds16_c2i.pt --image-size 384 --count 50000 --resize 256 "
+    "--output base": "varpi sample c2i_XXL_384.pt --tokenizer vq_ds16_c2i.pt --image-size 384 --count 12 --resize 256 "
+    "--output base",
+    "varpi evaluate base --reference VIRTUAL_imagenet256_labeled.npz --cache cache --json base.json": "varpi evaluate "
+    "base --reference VIRTUAL_imagenet256_labeled.npz --cache cache --json base.json --metrics precision,recall "
+    "--weights inception.pth",
     "varpi report --compare base=base.json xxl=xxl.json --embeddings inception --output page.html": "varpi report "
-    "--compare base=xxl.json xxl=xxl.json --embeddings inception --weights inception.pth --output page.html",
+    "--compare base=base.json xxl=xxl.json --embeddings inception --weights inception.pth --output page.html",
 }
 """Commands, in the order of the pages, and what is done instead; "": the very same."""
 UNDERSTOOD = {
@@ -85,7 +91,11 @@ UNDERSTOOD = {
     "varpi study shapes-table3",
     "varpi train shapes",
     "varpi evaluate runs/shapes --kind geneval --captions shapes --limit 600 --guidance-scale 2 --detector shapes",
-    "varpi evaluate samples --kind text",
+    "varpi sample runs/janus --prompts drawbench.json --per-prompt 4 --guidance-scale 5 --output drawbench",
+    "varpi evaluate drawbench --kind text",
+    "varpi sample runs/janus --prompts evaluation_metadata.jsonl --per-prompt 4 --guidance-scale 5 --geneval "
+    "--output samples",
+    "varpi train cifar10-classifier --set data.source=FOLDER --set data.image_column=image",
     "varpi evaluate samples/geneval --kind geneval --metadata evaluation_metadata.jsonl",
     "varpi evaluate runs/cifar10 --per-class 200 --features efficientnet-lite0 --reference uoft-cs/cifar10 "
     "--reference-split test --reference-column img",
