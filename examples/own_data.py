@@ -2,7 +2,7 @@
 
     python examples/own_data.py captions.csv data/mine
     varpi train janus-pro-1b --output runs/mine --set data.source=data/mine --set data.stream=false \
-        --set data.caption_column=null
+        --set data.caption_column=null --set validation.every=25
 
 The table has the columns `file` (relative to the table) and `caption`. Every tenth row is held out for validation.
 """

@@ -25,9 +25,11 @@ SEEDS = {
 }
 
 
-def table(document: str, heading: str) -> dict[str, list[str]]:
-    """Of the first table under a heading: first cell -> the other cells."""
+def table(document: str, heading: str, below: str | None = None) -> dict[str, list[str]]:
+    """Of the tables under a heading, or one below it: first cell -> the other cells."""
     text = (ROOT / document).read_text().split(f"\n## {heading}")[1].split("\n## ")[0]
+    parts = text.split("\n### ")
+    text = parts[0] if below is None else next(part for part in parts if part.startswith(below))
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
     return {row[0]: [cell.strip("* ") for cell in row[1:]] for row in rows}
 
@@ -78,6 +80,15 @@ def test_the_study_of_digits() -> None:
     for name, spread, row in rows:
         metrics = row["metrics"]["digits"]
         assert stated[name][:4] == [shown(metrics[one]["mean"], metrics[one][spread]) for one in COLUMNS], name
+
+
+def test_the_study_of_context_noise() -> None:
+    stated, rows = table("docs/results.md", "Text", "Context noise"), [*told("shapes-table5")]
+    assert len(rows) == 6
+    for name, spread, row in rows:
+        seen, unseen = (row["metrics"][judge] for judge in ("shapes-detector", "shapes-detector-held_out"))
+        metrics = [*(seen[task] for task in TASKS), unseen["overall"]]
+        assert stated[name] == [shown(one["mean"], one[spread]) for one in metrics], name
 
 
 def test_the_study_of_captioned_shapes() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -309,6 +310,42 @@ def test_another_machine_goes_on_from_the_records(tmp_path: Path, stand_ins: dic
     elsewhere.mkdir()
     assert carry(elsewhere, records=[there / "out" / "records.jsonl"]) == found
     assert stand_ins["done"] == []  # nothing but the page
+
+
+def test_a_study_goes_on_from_its_own_records(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    """Those of another machine need not be given twice, and hold what was found without any job, too."""
+    carry(tmp_path)
+    records = (tmp_path / "out/records.jsonl").read_text()
+    (tmp_path / "there/out").mkdir(parents=True)
+    (tmp_path / "records.jsonl").write_text(records)
+    carry(tmp_path / "there", records=[tmp_path / "records.jsonl"])
+    assert (tmp_path / "there/out/records.jsonl").read_text() == records
+    stand_ins["done"].clear()
+    carry(tmp_path / "there")
+    assert not stand_ins["done"]
+
+
+def test_trials_whose_keys_end_alike_are_two(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    text = change("recipe: digits-next-token\n    tune", "recipe: digits\n    tune")
+    for rate, key in (("1.0e-4", "training.precision"), ("2.0e-4", "method.reward.precision")):
+        text = text.replace(f"optimizer.learning_rate: {rate}", f"{key}: bf16")
+    carry(tmp_path, text)
+    names = {f"train/next_token/{key}.precision=bf16/seed-0" for key in ("training", "method.reward")}
+    assert names < {*stand_ins["done"]}
+
+
+def test_two_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out", 1)
+    calls = [partial(work, Job("a", answer, (number,), {"number": number})) for number in (1, 2)]
+    with pytest.raises(VarpiError, match="a: is the name of two jobs, which differ in what they depend on"):
+        work.until(lambda: all_of(calls))
+
+
+def test_what_cannot_be_measured_is_refused_before_any_training(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    text = change("[frechet_distance, class_agreement]", "[frechet_distance, kernel_distance]")
+    with pytest.raises(VarpiError, match=r"kid cannot be computed: .*at least 1000"):
+        carry(tmp_path, text)
+    assert not stand_ins["done"]
 
 
 def test_records_of_other_inputs_do_not_count(tmp_path: Path, stand_ins: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from varpi.studies.summary import UNTRAINED, paired_difference, summarize_seeds, winner
+from varpi.studies.summary import UNTRAINED, is_clear, paired_difference, summarize_seeds, winner
 
 TRAINED = {"0": [1.0, 3.0], "1": [4.0, 8.0]}  # means 2 and 6
 OTHER = {"0": [2.0, 3.0], "1": [5.5, 9.5]}
@@ -31,6 +31,17 @@ def test_differences_of_pairs() -> None:
     assert (untrained["values"], untrained["spread"]) == ([1.0, 3.0], pytest.approx(2**0.5))
     assert paired_difference({"0": [1.0, 2.0]}, BASE)["spread"] is None
     assert paired_difference({"0": [1.0], "1": [2.0]}, {"1": [5.0]})["values"] == [-3.0]
+
+
+def test_what_an_untrained_row_adds_to_every_pair_is_no_gain() -> None:
+    """Shares of a few right images: trainings that all gave the same, beside a base that two samplings tell apart."""
+    trained, base = {"0": [0.01, 0.02], "1": [0.015, 0.015]}, {UNTRAINED: [0.015, 0.0]}
+    paired = paired_difference(trained, base)
+    assert (paired["mean"], paired["spread"]) == (pytest.approx(0.0075), pytest.approx(0, abs=1e-15))
+    assert paired["sampling_spread"] == pytest.approx(0.02 / 2**0.5)  # of -0.0025 and 0.0175
+    assert not is_clear(paired)
+    assert winner({"trained": trained, "base": base}, lower_is_better=False) is None
+    assert paired_difference({"0": [1.0], "1": [2.0]}, {"0": [0.0], "1": [0.0]})["sampling_spread"] is None
 
 
 def test_a_winner_beats_every_other_by_more_than_the_spread() -> None:

@@ -16,7 +16,7 @@ from varpi.report.provenance import environment
 from varpi.report.tables import Cell, ResultTable, TableRow, number, table
 from varpi.runtime import files
 from varpi.studies.plan import LOWER_IS_BETTER, START, RowSampling, Study
-from varpi.studies.summary import paired_difference, summarize_seeds, winner
+from varpi.studies.summary import is_clear, paired_difference, summarize_seeds, winner
 from varpi.studies.tasks import Subject, Weights, decoded
 from varpi.weights import load_tokenizer
 
@@ -252,11 +252,11 @@ def _verdict(findings: Findings) -> str:
             sentences.append(f"{row.label} against the start: {shown}, whose spread over seeds is not known.")
         else:
             what = "a gain" if (mean < 0) == (better == "lower") else "a loss"
-            said = f"{what} beyond the spread over seeds" if abs(mean) > spread else "within the spread over seeds"
+            said = f"{what} beyond the spread over seeds" if is_clear(change) else "within the spread over seeds"
             sentences.append(f"{row.label} against the start: {shown} ± {spread:.3f}, {said}.")
     best = next((row.label for row in rows if row.name == winners(rows, judge, [metric]).get(metric)), None)
     leads = "No row leads" if best is None else f"{best} leads"
-    sentences.append(f"{leads} all others by more than the spread of their difference.")
+    sentences.append(f"{leads} all others by more than the spreads of their difference.")
     return " ".join(sentences)
 
 
@@ -305,8 +305,8 @@ def _reading(findings: Findings) -> str:
     )
     return spread + (
         "A number is marked where it is better than every other of its column by more than the spread of the paired "
-        "difference; where none is marked, none is. Differences are of pairs that share the training seed and the "
-        "sampling seed."
+        "difference over training seeds and that over sampling seeds; where none is marked, none is. Differences are "
+        "of pairs that share the training seed and the sampling seed."
     )
 
 

@@ -272,7 +272,7 @@ class Study(Section):
             variant = self.variants[variant.after]
 
     def only(self, names: Sequence[str]) -> "Study":
-        """The same with some of the variants, and those that these begin with or are compared with."""
+        """The same with some of the variants, and those that these begin with; compared with one of them, or none."""
         for name in names:
             if name not in self.variants:
                 raise VarpiError(f"--only {name}: there is no such variant, only {', '.join(self.variants)}")

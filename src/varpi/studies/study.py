@@ -42,6 +42,7 @@ from varpi.studies.tasks import (
     TOKENS,
     Subject,
     Weights,
+    check_measures,
     count_operations,
     draw_tokens,
     identify_judge,
@@ -51,7 +52,7 @@ from varpi.studies.tasks import (
     see_scenes,
     train_variant,
 )
-from varpi.studies.work import Job, Work, all_of
+from varpi.studies.work import Job, Pending, Work, all_of
 from varpi.training.run_directory import FREE_TO_CHANGE, is_finished, is_run
 from varpi.training.state import checkpoints
 from varpi.weights.pair import RUN_MODEL, recipe_of
@@ -94,6 +95,8 @@ def carry_out_study(
             raise VarpiError(
                 f"--seeds {seed}: is none of the study's training seeds, {', '.join(map(str, study.seeds))}"
             )
+    if seeds is not None and len({*seeds}) < len(seeds):
+        raise VarpiError(f"--seeds {' '.join(map(str, seeds))}: names a seed twice")
     recipes = study.recipes(where)
     start = _start(study)
     judges = {judge.key: identify_judge(judge) for judge in study.protocol.judges}
@@ -177,6 +180,7 @@ class _Bench:
     work: Work
     output: Path
     device: str
+    checked: bool = False
 
     def look(self) -> Findings:
         """All findings."""
@@ -219,6 +223,18 @@ class _Bench:
             choices=self.choices,
             device=self.device,
         )
+
+    def _check_measures(self) -> None:
+        """Refuse, before hours of training, what no samples could be measured by."""
+        if self.checked or self.pair["num_classes"] is None:
+            return
+        protocol, choice = self.study.protocol, self.study.validation
+        sides = [(protocol.samples, judge.split or protocol.split, judge) for judge in protocol.judges]
+        if choice is not None:
+            sides.append((choice.samples, choice.split, protocol.judges[0]))
+        for count, split, judge in sides:
+            check_measures(self._asked(split), count, judge, protocol.metrics, self.device)
+        self.checked = True
 
     def _row(self, name: str | None, sampling: RowSampling, *, guided: bool) -> StudyRow:
         """A variant, or with None the start pair, sampled in one way and measured on the test split."""
@@ -284,7 +300,11 @@ class _Bench:
         inputs = {**_kept(recipe), "seed": seed, **rewards, **begin.hashes, "device": self.device}
         arguments, needs = (recipe, self.device), self._needs(begin)
         job = Job(f"train/{place}", train_variant, arguments, inputs, spent="run/checkpoints", needs=needs)
-        result = self.work(job)
+        try:
+            result = self.work(job)
+        except Pending:
+            self._check_measures()
+            raise
         if "diverged" in result:
             raise Diverged(f"{name}, seed {seed}: {result['diverged']}")
         model, part = self.output / "jobs" / job.name / "run" / RUN_MODEL, result["part"]
@@ -309,7 +329,9 @@ class _Bench:
         """Of a variant's trial, as part of a path that a reader understands."""
         if not (tune := self.study.variants[name].tune):
             return name
-        return f"{name}/{_slug({key.rpartition('.')[2]: value for key, value in tune[trial].items()})}"
+        short = [_slug({key.rpartition(".")[2]: value for key, value in one.items()}) for one in tune]
+        distinct = len({*short}) == len(short)
+        return f"{name}/{short[trial] if distinct else _slug(tune[trial])}"
 
     def _cost(self, name: str | None, seed: int | None) -> dict[str, float]:
         """Of all training behind a variant's weights; that of trials which were not chosen is left out."""

@@ -33,7 +33,7 @@ from varpi.data.shapes import CaptionedShapes
 from varpi.errors import VarpiError
 from varpi.evaluation import evaluate_distribution, open_reference
 from varpi.evaluation.agreement import AGREEMENT
-from varpi.evaluation.distribution import METRICS
+from varpi.evaluation.distribution import METRICS, check_distribution
 from varpi.evaluation.feature_store import FeatureStore
 from varpi.evaluation.geneval import SETTINGS as GENEVAL_SETTINGS
 from varpi.evaluation.geneval import judge_geneval
@@ -47,7 +47,7 @@ from varpi.recipe import Recipe
 from varpi.runtime.files import read_json, write_aside
 from varpi.runtime.processes import World
 from varpi.runtime.tensors import sha256_of
-from varpi.samples.reading import SampleSet
+from varpi.samples.reading import Announced, SampleSet
 from varpi.sampling.generate import generate_with
 from varpi.sampling.settings import Sampling
 from varpi.studies.plan import SHAPES_DETECTOR, Judge, StudyData
@@ -243,8 +243,7 @@ def _see_classes(
     samples = DrawnImages(drawn / TOKENS, _pair(weights, device).tokenizer, weights.tokenizer_sha256, asked)
     numbers: dict[str, float] = {}
     warnings: list[str] = []
-    names = [name for name in metrics if name in MEASURES and METRICS[MEASURES[name]] in extractor.streams]
-    if names:
+    if names := _of_distribution(metrics, extractor):
         result = evaluate_distribution(
             samples,
             reference,
@@ -266,6 +265,18 @@ def _see_classes(
         numbers[AGREEMENT] = (seen == classes).double().mean().item()
     shutil.rmtree(store.folder, ignore_errors=True)
     return numbers, warnings
+
+
+def _of_distribution(metrics: Sequence[str], extractor: Network) -> list[str]:
+    return [name for name in metrics if name in MEASURES and METRICS[MEASURES[name]] in extractor.streams]
+
+
+def check_measures(asked: Subject, count: int, judge: Judge, metrics: Sequence[str], device: str) -> None:
+    """Raise VarpiError where a judge could not measure so many samples beside a split."""
+    extractor, side = _judge(judge, device), asked.data.image_size
+    if names := [MEASURES[name] for name in _of_distribution(metrics, extractor)]:
+        samples = Announced(f"{count} samples", count, side, {})
+        check_distribution(samples, _reference(asked.data, asked.split), extractor=extractor, metrics=names)
 
 
 def see_scenes(folder: Path, asked: Subject, count: int, judge: Judge, device: str) -> dict[str, Any]:
@@ -299,7 +310,8 @@ class DrawnImages(SampleSet):
         self.height = self.width = asked.data.image_size
         self.sampling = {"classes": self.classes.tolist()}
         self._tokenizer = tokenizer
-        self._key = f"tokens {path} {sha256_of(path)} {tokenizer_sha256}"
+        # With the split, for whoever measures beside it deletes the features that it made
+        self._key = f"tokens {path} {sha256_of(path)} {tokenizer_sha256} beside {asked.split}"
 
     @property
     def key(self) -> str:

@@ -6,11 +6,13 @@ A job whose result is there is not done again, as long as it depends on the same
 holds a job's lock, so that one which a killed process had begun is free at once, and goes on where its files say.
 
 DIR/records.jsonl holds all results, a line each. Another machine goes on from such a file: what is recorded there, of a
-job that depends on the same, counts as done, and only what a further job needs the files of is made once more.
+job that depends on the same, counts as done, and only what a further job needs the files of is made once more. Paths of
+data and of foreign weights are among what a job depends on: give them the same names there.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -88,7 +90,10 @@ class Work:
         self.output = output
         self.results: dict[str, dict[str, Any]] = {}
         self._count = count
-        self._records = {name: record for path in records for name, record in _read_records(path).items()}
+        known = [path for path in (output / RECORDS,) if path.is_file()]
+        self._records = {name: record for path in (*known, *records) for name, record in _read_records(path).items()}
+        self._inputs: dict[str, str] = {}
+        self._left_aside = False
         self._wanted: dict[str, Job] = {}
         self._failed: dict[str, VarpiError] = {}
 
@@ -97,11 +102,17 @@ class Work:
 
         Raises Pending as long as it is not done, VarpiError when it was done, or begun, on other inputs.
         """
+        inputs = _digest(job.inputs)
+        if self._inputs.setdefault(job.name, inputs) != inputs:
+            raise VarpiError(f"{job.name}: is the name of two jobs, which differ in what they depend on")
         if (found := self._found(job)) is not None:
             return found
         record = self._records.get(job.name)
-        if record is not None and record["inputs"] == _digest(job.inputs):
+        if record is not None and record["inputs"] == inputs:
             return record["result"]
+        if record is not None and not self._left_aside:
+            self._left_aside = True
+            _tell(f"records of other inputs (data, paths, settings) are left aside, the first is that of {job.name}")
         return self._want(job)
 
     def have(self, needs: Mapping[Path, Job]) -> None:
@@ -144,9 +155,11 @@ class Work:
         try:
             with pool as executor:
                 while True:
-                    self._wanted = {}
+                    self._wanted, self._inputs = {}, {}
                     with suppress(Pending):
-                        return look()
+                        found = look()
+                        self._write_records()
+                        return found
                     running = {job.name for job in under_way.values()}
                     open_jobs = [job for name, job in self._wanted.items() if name not in self._failed]
                     now = time.monotonic()
@@ -194,9 +207,12 @@ class Work:
     def _write_records(self) -> None:
         """All that is known: what the folders hold, other processes' too, and what came from elsewhere."""
         records, jobs = dict(self._records), self.output / "jobs"
-        for path in jobs.rglob(_RESULT):
-            record = read_json(path)
-            name = str(path.parent.relative_to(jobs))
+        for folder, below, held in os.walk(jobs):
+            below[:] = [name for name in below if name != "run"]  # where a training makes and deletes files
+            if _RESULT not in held:
+                continue
+            record = read_json(Path(folder, _RESULT))
+            name = str(Path(folder).relative_to(jobs))
             records[name] = {"inputs": _digest(record["inputs"]), "result": record["result"]}
         lines = (json.dumps({"job": name, **records[name]}) for name in sorted(records))
         write_text(self.output / RECORDS, "\n".join(lines) + "\n")
