@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "held-out images are known by their place in the batch",
         "training/validation.py",
-        "indices=torch.tensor([*items])",
-        "indices=torch.arange(len(items))",
+        "indices = torch.tensor([*items])",
+        "indices = torch.arange(len(items))",
         "methods/test_shapes_detection.py -k resumes",
     ),
     Mutant(
@@ -1032,9 +1032,30 @@ MUTANTS = [
     Mutant(
         "a lead within the spread wins",
         "studies/summary.py",
-        'abs(one["mean"]) > one["spread"]',
-        'abs(one["mean"]) > 0',
+        'abs(difference["mean"]) > max(spread, difference["sampling_spread"] or 0.0)',
+        'abs(difference["mean"]) > 0',
         "studies/test_summary.py",
+    ),
+    Mutant(
+        "what sampling seeds do to an untrained row makes a winner",
+        "studies/summary.py",
+        'max(spread, difference["sampling_spread"] or 0.0)',
+        "spread",
+        "studies/test_summary.py",
+    ),
+    Mutant(
+        "a missing image's cached tokens are trained on",
+        "methods/next_token.py",
+        "if tokens.min() < 0:",
+        "if False:",
+        "methods/test_token_cache.py",
+    ),
+    Mutant(
+        "caption features of another split are taken",
+        "data/caption_features.py",
+        "return None if other in (None, split) else str(other)",
+        "return None",
+        "data/test_caption_features.py -k split",
     ),
     Mutant(
         "settings are chosen on the test split",

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from training_runs import quiet
 
+from varpi.cli import evaluate
 from varpi.cli.main import main
+from varpi.cli.sample import Wanted
+from varpi.errors import VarpiError
 from varpi.evaluation import differences, read_result
 from varpi.evaluation.distances import frechet_distance
 from varpi.evaluation.result import Result
@@ -77,6 +81,63 @@ def test_a_run_is_sampled_and_measured_like_its_samples(tmp_path: Path, capsys: 
     assert "is a run: say what to sample from it" in capsys.readouterr().err
 
 
+def test_samples_of_a_run_are_known_by_dtype_and_what_files_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def stop(_: Any, folder: Path) -> None:
+        asked.append(folder)
+        raise VarpiError("far enough")
+
+    def folder(*sampling: object) -> Path:
+        assert run("evaluate", tmp_path, "--device", "cpu", *sampling) == 2
+        return asked.pop()
+
+    monkeypatch.setattr("varpi.cli.evaluate.prepare", stop)
+    for name in ("recipe.yaml", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert folder("--per-class", 1) == folder("--per-class", 1) != folder("--per-class", 1, "--dtype", "bfloat16")
+    prompts, captions = tmp_path / "prompts.txt", tmp_path / "captions.jsonl"
+    for sampling in (["--prompts", prompts], ["--captions", captions, "--caption-split", "train"]):
+        folders = []
+        for text in ("a cat", "a dog"):
+            prompts.write_text(text)
+            captions.write_text(json.dumps({"image_path": "a.png", "text": [text]}))
+            folders += [folder(*sampling), folder(*sampling)]
+        assert folders[0] == folders[1] != folders[2] == folders[3]
+
+
+def test_two_evaluations_of_a_run_at_once(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While one makes the samples the other is refused; those that were finished meanwhile are measured as they are."""
+    monkeypatch.setattr("varpi.networks.loading.load_extractor", lambda *_, **__: _Pixels())
+    folder = quiet(tiny.recipe(pair, "training.steps=1"), tmp_path / "run")
+    command = ["evaluate", folder, "--reference", pair / "images" / "train", "--metrics", "fid", "--device", "cpu"]
+    command += ["--per-class", 2]
+    prepare, make = evaluate.prepare, Wanted.make
+
+    def while_made(*given: Any, **more: Any) -> bool:
+        assert run(*command) == 2
+        assert "another process is at work there; wait for it" in capsys.readouterr().err
+        return make(*given, **more)
+
+    def made_meanwhile(*given: Any) -> Wanted:
+        wanted = prepare(*given)
+        monkeypatch.setattr(evaluate, "prepare", prepare)
+        assert run(*command, "--batch-size", 4, "--json", tmp_path / "first.json") == 0
+        return wanted
+
+    monkeypatch.setattr(evaluate, "prepare", made_meanwhile)
+    monkeypatch.setattr(Wanted, "make", while_made)
+    assert run(*command, "--json", tmp_path / "second.json") == 0
+    first, second = (read_result(tmp_path / name) for name in ("first.json", "second.json"))
+    assert first.samples == second.samples
+    assert second.sampling is not None
+    assert second.sampling["batch_size"] == 4
+
+
 def test_interrupted_and_resumed_gives_the_same_numbers(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +162,13 @@ def test_interrupted_and_resumed_gives_the_same_numbers(
 def test_metrics_are_chosen_and_refused(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = measured(tmp_path / "few.json", samples, "--metrics", "fid,class_agreement")
     assert set(chosen.metrics) == {"frechet_distance", "class_agreement"}
+    alone = measured(tmp_path / "alone.json", samples, "--metrics", "class_agreement")
+    assert alone.metrics == {"class_agreement": chosen.metrics["class_agreement"]}
+    assert alone.details == chosen.details
+    assert alone.reference is None
+    assert differences({"few": chosen, "alone": alone}) == []
+    photographs = ["--features", "cifar10", "--metrics", "class_agreement"]  # has no reference of its own
+    assert measured(tmp_path / "other.json", samples, *photographs).evaluator["extractor"]["name"] == "cifar10"
     assert run("evaluate", samples, *DIGITS, "--metrics", "fdi") == 2
     assert "'fdi'" in capsys.readouterr().err
     assert run("evaluate", samples / "samples.npz", *DIGITS, "--metrics", "fid,class_agreement") == 2
@@ -130,9 +198,11 @@ def test_alignment_of_a_run(pair: Path, tmp_path: Path, capsys: pytest.CaptureFi
     noise = ("method.context_noise=0.5", "method.context_noise_end=0.25")
     folder = quiet(tiny.recipe(pair, "training.steps=1", *noise), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("varpi.networks.loading.load_extractor", lambda *_, **__: _Pixels())
+        load = Mock(return_value=_Pixels())
+        patch.setattr("varpi.networks.loading.load_extractor", load)
         command = ["evaluate", folder, "--kind", "alignment", "--device", "cpu", "--split", "validation"]
-        assert run(*command, "--json", tmp_path / "a.json") == 0
+        assert run(*command, "--precision", "bf16", "--json", tmp_path / "a.json") == 0
+    assert load.call_args.kwargs["precision"] == "bf16"
     result = read_result(tmp_path / "a.json")
     assert result.kind == "alignment"
     assert result.sampling["generator"] == str(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from training_runs import contents
 
 from varpi.cli.main import main
 from varpi.data.prompts import GENEVAL_TASKS
@@ -66,8 +67,13 @@ def test_a_run_is_judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--prompt", "a ring"], "--geneval: give GenEval's metadata by --prompts, or --captions shapes"),
         (["--captions", "captioned-digits"], "--geneval: give GenEval's metadata by --prompts, or --captions shapes"),
         (["--captions", "shapes", "--colorist", "x"], "--colorist: the detector of shapes names their colours itself"),
+        (["--captions", "shapes", "--metadata", "gone.jsonl"], "gone.jsonl: cannot be read as"),
+        (["--captions", "shapes", "--detections", "gone.json"], "gone.json: cannot be read as a JSON file"),
+        (["--captions", "shapes", "--detections", "x", "--cache", "y"], "leave them out with --detections"),
     ],
 )
 def test_what_is_refused(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert main(["evaluate", str(run), "--kind", "geneval", "--detector", "shapes", *arguments]) == 2
+    before = contents(run)
+    assert main(["evaluate", str(run), "--kind", "geneval", "--detector", "shapes", "--limit", "3", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert contents(run) == before  # refused before anything is sampled

@@ -295,6 +295,12 @@ def test_the_inception_score_needs_no_reference(files):
         evaluate(files, reference=None, metrics=("fid",))
 
 
+def test_of_no_metric_the_samples_are_recorded(files):
+    result = evaluate(files, metrics=())
+    assert (result.metrics, result.reference) == ({}, None)
+    assert result.samples == evaluate(files).samples
+
+
 def test_a_result_is_written_read_and_compared(files, tmp_path):
     stored(files, arr_0=pictures(30, 1, 1.0))
     first = evaluate(files, reference="adm.npz", metrics=("fid",))
@@ -303,6 +309,8 @@ def test_a_result_is_written_read_and_compared(files, tmp_path):
     save_npz(files / "fewer.npz", pictures(20))
     second = evaluate(files, samples="fewer.npz", reference="adm.npz", metrics=("fid",))
     assert differences({"a": first, "b": second}) == ["samples.count: a 36, b 20"]
+    more = evaluate(files, reference="adm.npz", metrics=("fid", "sfid"))
+    assert differences({"a": first, "more": more, "is": evaluate(files, reference="adm.npz", metrics=("is",))}) == []
     other = evaluate(files, reference="adm.npz", metrics=("fid",), settings=DistributionSettings())
     with pytest.raises(VarpiError, match="have another evaluator"):
         differences({"a": first, "b": other})
@@ -329,8 +337,6 @@ def test_metrics_that_are_refused(files):
         evaluate(files, metrics=("fidd",))
     with pytest.raises(VarpiError, match=r"no metric 'zzz': there are fid, sfid, is, precision, recall, kid$"):
         evaluate(files, metrics=("zzz",))
-    with pytest.raises(VarpiError, match=r"no metric is asked for"):
-        evaluate(files, metrics=())
     with pytest.raises(VarpiError, match="sfid cannot be computed: the extractor inception gives no 'spatial', only p"):
         evaluate(files, Toy(streams=("pool",)), metrics=("sfid",))
     save_npz(files / "one.npz", pictures(1))

@@ -51,13 +51,26 @@ def test_differences_in_how_samples_were_made_are_told() -> None:
     ]
     moved = replace(RESULT, reference={"source": "there.npz", "sha256": "2"}, evaluator={"features": "inception"})
     assert differences({"base": RESULT, "tuned": moved}) == []  # where a file lies, and what computes, is no difference
+    assert differences({"base": RESULT, "tuned": replace(RESULT, reference=None)}) == []  # that needed none
+
+
+def with_statistics(**statistics: str) -> Result:
+    return replace(RESULT, reference={"sha256": "2", "statistics": statistics})
+
+
+def test_of_statistics_those_of_shared_metrics_are_compared() -> None:
+    base, tuned = with_statistics(fid="stored", sfid="computed"), with_statistics(fid="stored")
+    alone = replace(RESULT, reference=None)
+    assert differences({"base": base, "tuned": tuned}) == differences({"tuned": tuned, "base": base}) == []
+    with pytest.raises(VarpiError, match=r"base and tuned have another reference \(statistics\)"):
+        differences({"alone": alone, "base": base, "tuned": with_statistics(fid="computed")})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"reference": {"sha256": "3"}}, r"base and tuned have another reference \(sha256\): their numbers do not"),
-        ({"reference": None}, r"base and tuned have another reference \(sha256\)"),
+        ({"reference": {}}, r"base and tuned have another reference \(sha256\)"),
         ({"evaluator": {"features": "dinov2"}}, r"base and tuned have another evaluator \(features\)"),
         ({"kind": "text"}, "base is a distribution result and tuned a text one: not to be compared"),
     ],

@@ -32,7 +32,8 @@ def run(pair: Path, tmp_path: Path) -> Path:
 def result(path: Path, digest: str | None, **metrics: float) -> None:
     sampling = {"guidance_scale": 1.5, "seed": 7, "generator_sha256": digest}
     reference = {"source": "cifar10[test]", "sha256": "1", "count": 800}
-    write_result(path, Result("distribution", metrics, {"count": 90}, sampling, reference, {"features": "dinov2"}))
+    evaluator = {"extractor": {"name": "dinov2", "sha256": "2"}, "neighbors": 3}
+    write_result(path, Result("distribution", metrics, {"count": 90}, sampling, reference, evaluator))
 
 
 def blocks(folder: Path, language: str) -> list[str]:
@@ -56,8 +57,11 @@ def test_the_card_and_its_files(run: Path, tmp_path: Path, monkeypatch: pytest.M
     result(run / "mine.json", digest, fid=12.5, recall=0.5)
     result(run / "others.json", "f" * 64, fid=99.0)
     result(tmp_path / "far.json", None, precision=0.75)
+    objects = Result("geneval", {"overall": 0.5}, {"count": 8}, None, None, {"name": "GenEval (shapes detector)"})
+    write_result(tmp_path / "objects.json", objects)
     monkeypatch.chdir(tmp_path)
-    asked = ["--license", "mit", "--base-model", "me/base", "--results", tmp_path / "far.json"]
+    asked = ["--license", "mit", "--base-model", "me/base"]
+    asked += ["--results", tmp_path / "far.json", tmp_path / "objects.json"]
     assert shell("export", run, "--card", "--output", "given", *asked) == 0
     assert {path.name for path in Path("given").iterdir()} == {
         "README.md", "recipe.yaml", "model.safetensors", "llamagen.pt",
@@ -69,10 +73,12 @@ def test_the_card_and_its_files(run: Path, tmp_path: Path, monkeypatch: pytest.M
     assert card.data.model_name == "given"
     assert "arxiv:2512.19680" in card.data.tags
     told = {(one.metric_type, one.metric_value, one.dataset_name) for one in card.data.eval_results}
-    assert told == {(n, v, "cifar10[test]") for n, v in (("fid", 12.5), ("recall", 0.5), ("precision", 0.75))}
+    measured = {(n, v, "cifar10[test]") for n, v in (("fid", 12.5), ("recall", 0.5), ("precision", 0.75))}
+    assert told == measured | {("overall", 0.5, "prompts")}
     for line in (
         "| FID | 12.5 |",
         "distribution: samples 90; guidance 1.5; seed 7; against cifar10[test]; by dinov2.",
+        "geneval: samples 8; by GenEval (shapes detector).",
         f"| `model.safetensors`, sha256 | `{digest}` |",
         f"| `llamagen.pt`, sha256 | `{sha256_of('given/llamagen.pt')}` |",
         "2 updates of 8 images of 16 pixels",

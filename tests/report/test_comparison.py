@@ -1,16 +1,24 @@
 """Results side by side: their spread, what they depend on, and what must not be compared."""
 
+import io
 import math
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from report_parts import EVIL, result
+from PIL import Image
+from report_parts import EVIL, pictures, result
 
 from varpi.errors import VarpiError
-from varpi.report import NamedResult, Page, render
+from varpi.evaluation import evaluate_distribution, open_reference
+from varpi.report import ClassChanges, NamedResult, Page, comparison, render
 from varpi.report.columns import COLUMNS
 from varpi.report.results import tables_of_results
 from varpi.report.tables import ResultTable
+from varpi.samples.images import save_npz
+from varpi.samples.reading import open_samples
 
 FID = {"fid": 10.0, "precision": 0.6}
 
@@ -192,3 +200,81 @@ def test_bad_results(named, message):
 def test_a_result_that_is_not_finite_is_refused():
     with pytest.raises(VarpiError, match="fid of Base is nan; it must be a finite"):
         tables(NamedResult("Base", [result({"fid": math.nan})]))
+
+
+def test_changes_and_extremes_are_of_the_first_results_that_have_them(tmp_path):
+    """Whatever else a model's results are of, and in whatever order they are given."""
+    objects = result({"overall": 0.3}, kind="geneval", samples={})
+    base, tuned = ({"class_agreement": {"0": share, "1": 0.5}} for share in (0.25, 0.75))
+    by_class = [result({"class_agreement": 0.5}, details=details) for details in (base, tuned)]
+    both = {"Base": [objects, by_class[0]], "Other": [objects], "Tuned": [objects, by_class[1], by_class[0]]}
+    changes = {"0": (0.25, 0.75), "1": (0.5, 0.5)}
+    assert comparison._changes(both) == [ClassChanges("class_agreement", changes)]
+    assert comparison._changes({"Base": by_class}) == []
+
+    save_npz(tmp_path / "samples.npz", pictures(3))
+    texts = [
+        result({metric: 2.0}, kind="text", samples={"source": source}, details={"images": {metric: scores}})
+        for metric, source, scores in (
+            ("clip_score", tmp_path / "gone.npz", [0.0, 0.0, 0.0]),
+            ("clip_score", tmp_path / "samples.npz", [1.0, 2.0, 3.0]),
+            ("clip_score", tmp_path / "samples.npz", [4.0, 4.0, 4.0]),
+            ("hps_v2.1", tmp_path / "samples.npz", [3.0, 2.0, 1.0]),
+        )
+    ]
+    found = comparison._extremes({"Base": [objects, *texts], "Tuned": [objects]})
+    shown = [(scored.caption, scored.score, scored.scores) for scored in found]
+    assert shown == [("Base", "clip_score", [1.0, 2.0, 3.0]), ("Base", "hps_v2.1", [3.0, 2.0, 1.0])]
+    assert all(np.array_equal(scored.images, pictures(3)) for scored in found)
+
+
+class Mean:
+    """Two channels' means, as a `FeatureExtractor`."""
+
+    name = "mean"
+    identity = {"name": "mean"}  # noqa: RUF012
+    streams = {"pool": 2}  # noqa: RUF012
+    warnings = ()
+
+    def __call__(self, images):
+        return {"pool": images[:, :2].float().mean(dim=(2, 3))}
+
+
+def test_embeddings_are_of_images_at_even_distances(tmp_path, monkeypatch):
+    """Of a slice of a table that is sorted by class, whose images are in a column of another name."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    images = np.repeat(np.arange(30, dtype=np.uint8), 8 * 8 * 3).reshape(30, 8, 8, 3)
+    save_npz(tmp_path / "samples.npz", images[:15])
+    cells = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    (tmp_path / "real").mkdir()
+    table = pa.table({"img": cells, "label": [i // 10 for i in range(30)]})
+    pq.write_table(table, tmp_path / "real" / "train.parquet")
+    reference = open_reference(tmp_path / "real", split="train[:20]", image_size=8, image_column="img")
+    samples, extractor = open_samples(tmp_path / "samples.npz"), Mean()
+    measured = evaluate_distribution(samples, reference, extractor=extractor, metrics=("fid",))
+    text = result({"clip_score": 0.3}, kind="text", samples={"source": tmp_path / "gone"})
+    found = comparison._embeddings({"Base": [text, measured]}, extractor, 10)
+    assert {name: values[:, 0].tolist() for name, values in found.sets.items()} == {
+        "real": [*range(0, 20, 2)],
+        "Base": [0, 1, 3, 4, 6, 7, 9, 10, 12, 13],
+    }
+    with pytest.raises(VarpiError, match="embeddings need results that were measured against a reference of images"):
+        comparison._embeddings({"Base": [text]}, extractor, 10)
+
+
+def test_rows_of_other_metrics_stand_in_one_table():
+    def row(model, metrics, *statistics):
+        reference = {"source": "adm.npz", "sha256": "c" * 64, "statistics": dict.fromkeys(statistics, "stored")}
+        return NamedResult(model, [result(metrics, model=model, reference=reference if statistics else None)])
+
+    (table,) = tables(
+        row("alone", {"inception_score": 2.0}),
+        row("base", {"inception_score": 3.0, "fid": 9.0, "sfid": 9.0}, "fid", "sfid"),
+        row("tuned", {"fid": 8.0}, "fid"),
+    )
+    assert [row["name"] for row in table.rows] == ["alone", "base", "tuned"]
+    assert dict(table.settings)["Measured against"].startswith("source adm.npz; sha256 cccccccccccc…")

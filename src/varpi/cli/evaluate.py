@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from varpi.cli.options import add_class_names, add_device, asked_pair, command, digest, say, warn
-from varpi.cli.sample import Wanted, add_sampling, prepare
+from varpi.cli.sample import Wanted, add_sampling, open_captions, prepare
 from varpi.cli.sampling_flags import settings_of
 from varpi.errors import VarpiError
 
@@ -47,6 +47,8 @@ def add(commands: Any) -> None:
     )
     group.add_argument("--weights", metavar="FILE", help="of the network (default: its cache, or a download)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
+
+    group = parser.add_argument_group("distribution")
     group.add_argument("--reference", help="an ADM .npz, images, or a dataset (for digits: its test split)")
     group.add_argument(
         "--reference-split", metavar="SPLIT", help="says that the reference is a dataset, and which part"
@@ -146,7 +148,7 @@ def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> An
     else:
         samples = Announced(str(source), wanted.count, wanted.side, wanted.asked)
     reference = options.reference or ("digits" if options.features == "digits" else None)
-    if reference is None and wanted_metrics != ["is"]:
+    if reference is None and (wanted_metrics is None or set(wanted_metrics) - {"is"}):
         raise VarpiError("--reference is missing: an ADM .npz, a folder of images, or a dataset with --reference-split")
     opened = None
     if reference is not None:
@@ -166,7 +168,7 @@ def _distribution(options: argparse.Namespace, world: Any, progress: bool) -> An
         )
     check_distribution(samples, opened, extractor=extractor, metrics=wanted_metrics, settings=settings)
     if wanted is not None:
-        _make(wanted, source, world)
+        _make(wanted, source, options, world)
         samples = open_samples(source)
         del wanted  # the pair's memory
     result = evaluate_distribution(
@@ -210,7 +212,7 @@ def _text(options: argparse.Namespace, world: Any, progress: bool) -> Any:
             device=world.device,
         )
     if wanted is not None:
-        _make(wanted, source, world)
+        _make(wanted, source, options, world)
         del wanted
     if scorers is None:
         return None
@@ -225,6 +227,8 @@ def _text(options: argparse.Namespace, world: Any, progress: bool) -> Any:
 
 def _geneval(options: argparse.Namespace, world: Any, progress: bool) -> Any:
     """GenEval's tasks. The processes share the sampling of a run; the main one measures."""
+    from varpi.data.prompts import read_geneval_metadata
+    from varpi.evaluation.detections import read_detections
     from varpi.evaluation.geneval import evaluate_geneval
     from varpi.networks.clip import CLIP_L14, ClipColorist
     from varpi.networks.mask2former import MASK2FORMER, Mask2FormerDetector
@@ -232,6 +236,12 @@ def _geneval(options: argparse.Namespace, world: Any, progress: bool) -> Any:
 
     if options.metrics is not None:
         raise VarpiError("--metrics: geneval has one fixed set of them")
+    if options.detections is not None and (options.cache or options.save_detections):
+        raise VarpiError("--cache and --save-detections keep what is detected here; leave them out with --detections")
+    if options.metadata is not None:  # read for its refusals, before there are samples
+        read_geneval_metadata(options.metadata)
+    if options.detections is not None:
+        read_detections(options.detections)
     options.geneval = _is_run(Path(options.samples).expanduser())
     source, wanted = _find_samples(options)
     detector: Any = None
@@ -246,7 +256,7 @@ def _geneval(options: argparse.Namespace, world: Any, progress: bool) -> Any:
             detector = Mask2FormerDetector(options.detector or MASK2FORMER, device=world.device)
             colorist = ClipColorist(options.colorist or CLIP_L14, device=world.device)
     if wanted is not None:
-        _make(wanted, source, world)
+        _make(wanted, source, options, world)
         del wanted
     if not world.is_main:
         return None
@@ -310,7 +320,9 @@ def _alignment(options: argparse.Namespace, world: Any, progress: bool) -> Any:
         generator,
         tokenizer,
         dataset,
-        extractor=load_extractor(options.features, weights=options.weights, device=world.device),
+        extractor=load_extractor(
+            options.features, weights=options.weights, device=world.device, precision=options.precision
+        ),
         perceptual=perceptual,
         images=options.images,
         batch_size=options.batch_size,
@@ -336,8 +348,6 @@ def _is_run(path: Path) -> bool:
 
 def _find_samples(options: argparse.Namespace) -> tuple[Path, Wanted | None]:
     """Where the samples are, and for a run, what is to be made there before they are."""
-    from varpi.samples.reading import RECORD
-
     source = Path(options.samples).expanduser()
     if not _is_run(source):
         return source, None
@@ -345,11 +355,18 @@ def _find_samples(options: argparse.Namespace) -> tuple[Path, Wanted | None]:
         raise VarpiError(f"{source} is a run: say what to sample from it (--per-class N, --prompts FILE, …)")
     model = (source / "model.safetensors").stat()
     settings = {name: getattr(options, name) for name in (*_ASKED, *_SHAPE)} | dataclasses.asdict(settings_of(options))
-    key = json.dumps([settings, model.st_size, model.st_mtime_ns], sort_keys=True, default=str)
+    contents = options.prompts and digest(options.prompts)
+    if options.captions is not None:
+        contents = open_captions(options).fingerprint
+    key = json.dumps([settings, contents, model.st_size, model.st_mtime_ns], sort_keys=True, default=str)
     folder = source / "samples" / hashlib.sha256(key.encode()).hexdigest()[:12]
-    if (folder / RECORD).is_file() and (not options.geneval or (folder / "geneval").is_dir()):
-        return folder, None
-    return folder, prepare(options, folder)
+    return folder, None if _are_made(folder, options) else prepare(options, folder)
+
+
+def _are_made(folder: Path, options: argparse.Namespace) -> bool:
+    from varpi.samples.reading import RECORD
+
+    return (folder / RECORD).is_file() and (not options.geneval or (folder / "geneval").is_dir())
 
 
 _ASKED = ("classes", "per_class", "count", "prompt", "prompts", "captions")
@@ -364,10 +381,17 @@ _SHAPE = (
     "architecture",
     "image_size",
     "text_encoder",
+    "dtype",
 )
 """What else than `_ASKED` and the settings of sampling decides a run's samples."""
 
 
-def _make(wanted: Wanted, folder: Path, world: Any) -> None:
-    if wanted.make(folder, world, together=True) and world.is_main:
-        warn(f"wrote samples to {folder}")
+def _make(wanted: Wanted, folder: Path, options: argparse.Namespace, world: Any) -> None:
+    """Make the samples, unless another evaluation has made them meanwhile. Raises InUse while one is at it."""
+    from varpi.training.run_directory import RunLock
+
+    with RunLock(folder) as lock:
+        if world.is_main:
+            lock.take()
+        if not _are_made(folder, options) and wanted.make(folder, world, together=True) and world.is_main:
+            warn(f"wrote samples to {folder}")

@@ -114,5 +114,6 @@ def digest(source: str) -> str | None:
     """The sha256 of a generator's weights, of a file or of a run's; None where there is no one file."""
     from varpi.weights import sha256_of
 
-    path = Path(source, "model.safetensors") if Path(source).is_dir() else Path(source)
+    path = Path(source).expanduser()
+    path = path / "model.safetensors" if path.is_dir() else path
     return sha256_of(path) if path.is_file() else None

@@ -190,7 +190,7 @@ def _prompts(options: argparse.Namespace) -> Any:
     if options.prompts is not None:
         return read_prompts(options.prompts)[: options.limit]
     if options.captions is not None:
-        dataset = _open_captions(options)
+        dataset = open_captions(options)
         if dataset.num_classes is not None:
             raise VarpiError(f"--captions {options.captions}: it has classes, not captions; try --caption-column")
         return dataset
@@ -226,7 +226,8 @@ def _usable(options: argparse.Namespace, prompts: Any, check: Any) -> list[str]:
     return found
 
 
-def _open_captions(options: argparse.Namespace) -> Any:
+def open_captions(options: argparse.Namespace) -> Any:
+    """The data set that --captions names."""
     from varpi.data import open_dataset
 
     return open_dataset(
@@ -241,7 +242,7 @@ def _metadata(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     if options.prompts is not None:
         return read_geneval_metadata(options.prompts)
-    dataset = None if options.captions is None else _open_captions(options)
+    dataset = None if options.captions is None else open_captions(options)
     if not isinstance(dataset, CaptionedShapes):
         raise VarpiError("--geneval: give GenEval's metadata by --prompts, or --captions shapes")
     return [dataset.geneval_metadata(i) for i in range(min(len(dataset), options.limit or len(dataset)))]

@@ -37,7 +37,10 @@ def add(commands: Any) -> None:
         "--seeds", nargs="+", type=int, metavar="SEED", help="some of the training seeds (default: all)"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="jobs at once, one thread each (default: one a core, at most 8; with CUDA 1)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="jobs at once, one thread each (default: one a core, at most 8; with CUDA 1)",
     )
     parser.add_argument(
         "--records",

@@ -91,7 +91,7 @@ def evaluate_distribution(
         reference: from `open_reference`; None for the Inception Score alone.
         extractor: from `load_extractor`, or anything else that follows the protocol.
         metrics: of `METRICS`; each is computed or refused. None: all that the network has features for, and where
-            counts or the reference do not allow one, a warning in the result instead.
+            counts or the reference do not allow one, a warning in the result instead. Empty: a record of the samples.
         batch_size: images in the network at once. Another one changes the numbers by rounding only.
         workers: processes that decode image files.
         cache: directory for the features, 20 kB an image on Inception. What lies there is used again while the set's
@@ -172,8 +172,6 @@ class _Job:
         if reasons and (metrics is not None or len(reasons) == len(wanted)):
             name, reason = next(iter(reasons.items()))
             raise VarpiError(f"{name} cannot be computed: {reason}")
-        if not wanted:
-            raise VarpiError(f"no metric is asked for; there are {', '.join(METRICS)}")
         left_out = [f"{name} is left out: {reason}" for name, reason in reasons.items()]
         return [name for name in wanted if name not in reasons], left_out
 
@@ -340,7 +338,7 @@ class _Job:
 
     def _describe_reference(self, chosen: Sequence[str], seen: FeatureStore | None) -> dict[str, Any] | None:
         reference = self.reference
-        if reference is None or set(chosen) == {"is"}:
+        if reference is None or set(chosen) <= {"is"}:
             return None
         sha256 = reference.file_sha256 or (seen.sha256() if seen is not None else None)
         statistics = {
@@ -349,7 +347,8 @@ class _Job:
             if name in chosen
         }
         described = _describe(reference.images, sha256) if reference.images is not None else {"sha256": sha256}
-        return {**described, "source": reference.source, "statistics": statistics}
+        column = {} if reference.image_column is None else {"image_column": reference.image_column}
+        return {**described, "source": reference.source, **column, "statistics": statistics}
 
 
 def _describe(images: SampleSet, sha256: str | None) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Reference:
     """Of Inception's streams "pool" and "spatial", as a file stores them; empty for mere images."""
     path: Path | None = None
     """The file that stores them."""
+    image_column: str | None = None
+    """Of a dataset, where it is another than "image"."""
 
     @cached_property
     def file_sha256(self) -> str | None:
@@ -63,7 +65,8 @@ def open_reference(
         size, split = image_size or 32, split or "test"
         dataset = open_dataset(name, image_size=size, split=split, image_column=image_column, label_column=label_column)
         name = f"{name}[{split}]"
-        return Reference(name, DatasetImages(dataset, name, size), {})
+        column = image_column if image_column != "image" else None
+        return Reference(name, DatasetImages(dataset, name, size), {}, image_column=column)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".npz":
         statistics, has_images = _read_statistics(path)

@@ -67,17 +67,19 @@ def differences(results: Mapping[str, Result]) -> list[str]:
     """In what the settings behind results of one kind differ, a line each, for a reader who compares their numbers.
 
     results: by name, two at least. Raises VarpiError when they cannot be compared at all: measured against different
-    references, by different evaluators, or of different kinds.
+    references, by different evaluators, or of different kinds. A result that was measured against nothing compares.
     """
     names, first = list(results), next(iter(results.values()))
     for name, result in results.items():
         if result.kind != first.kind:
             raise VarpiError(f"{names[0]} is a {first.kind} result and {name} a {result.kind} one: not to be compared")
-        for what in ("reference", "evaluator"):
-            one, other = (_identity(getattr(side, what)) for side in (first, result))
-            if one != other:
-                keys = ", ".join(key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key))
-                raise VarpiError(f"{names[0]} and {name} have another {what} ({keys}): their numbers do not compare")
+    for what in ("reference", "evaluator"):
+        found = [(name, part) for name, result in results.items() if (part := getattr(result, what)) is not None]
+        for name, part in found[1:]:
+            if unlike := _unlike(found[0][1], part):
+                raise VarpiError(
+                    f"{found[0][0]} and {name} have another {what} ({', '.join(unlike)}): their numbers do not compare"
+                )
     lines = []
     for what in ("samples", "sampling"):
         sides = {name: _identity(getattr(result, what)) for name, result in results.items()}
@@ -91,4 +93,14 @@ def differences(results: Mapping[str, Result]) -> list[str]:
 
 def _identity(part: Mapping[str, Any] | None) -> dict[str, Any]:
     """What two sides must share; where a reference lies does not matter, what it holds does."""
-    return {key: value for key, value in (part or {}).items() if key not in ("source", "device", "seconds")}
+    other = ("source", "image_column", "device", "seconds")
+    return {key: value for key, value in (part or {}).items() if key not in other}
+
+
+def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what two references or evaluators differ; in their statistics only for metrics that both have."""
+    one, other = _identity(one), _identity(other)
+    told, others = one.get("statistics", {}), other.get("statistics", {})
+    shared = told.keys() & others.keys()
+    one["statistics"], other["statistics"] = ({name: part[name] for name in shared} for part in (told, others))
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]

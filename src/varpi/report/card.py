@@ -268,7 +268,7 @@ def _tables(results: Sequence[Result]) -> list[str]:
             "temperature": sampling.get("temperature"),
             "seed": sampling.get("seed"),
             "against": reference.get("source"),
-            "by": result.evaluator.get("features"),
+            "by": result.evaluator.get("extractor", result.evaluator).get("name"),
         }
         lines += ["" if lines else None, "| metric | value |", "|---|---|"]
         for metric, value in result.metrics.items():

@@ -53,7 +53,6 @@ def report_comparison(
     """
     results = {name: [read_result(path) for path in paths] for name, paths in named.items()}
     _check_kinds(results)
-    first = {name: found[0] for name, found in results.items()}
     runs = runs or {}
     page = Page(
         title=" against ".join(results),
@@ -61,10 +60,10 @@ def report_comparison(
         "stand side by side in the order in which they were made.",
         command=command,
         results=[NamedResult(name, found) for name, found in results.items()],
-        samples=_grids(first),
-        per_class=_changes(first),
-        extremes=_extremes(first),
-        embeddings=_embeddings(first, extractor, embedded) if extractor is not None else None,
+        samples=_grids(results),
+        per_class=_changes(results),
+        extremes=_extremes(results),
+        embeddings=_embeddings(results, extractor, embedded) if extractor is not None else None,
         curves={name: read_metrics(run) for name, run in runs.items()},
         costs={name: costs(run) for name, run in runs.items()},
         environment=environment(),
@@ -85,23 +84,19 @@ def _check_kinds(results: Mapping[str, Sequence[Result]]) -> None:
             )
 
 
-def _samples(result: Result) -> SampleSet | None:
-    """The images behind a result, where they still lie there."""
-    source = result.samples.get("source")
-    return open_samples(source) if source is not None and Path(source).exists() else None
+def _samples(*results: Result) -> SampleSet | None:
+    """The images behind the first of these results whose images still lie there."""
+    sources = (result.samples.get("source") for result in results)
+    return next((open_samples(source) for source in sources if source is not None and Path(source).exists()), None)
 
 
-def _first(samples: SampleSet, count: int) -> torch.Tensor:
-    """The first images, uint8 (n,3,H,W)."""
-    return next(iter(samples.batches([range(min(count, samples.count))]))).images
-
-
-def _grids(results: Mapping[str, Result]) -> list[SampleGrid]:
+def _grids(results: Mapping[str, Sequence[Result]]) -> list[SampleGrid]:
     grids = []
-    for name, result in results.items():
-        if (samples := _samples(result)) is None:
+    for name, found in results.items():
+        if (samples := _samples(*found)) is None:
             continue
-        images = _first(samples, SHOWN).permute(0, 2, 3, 1).numpy()
+        first = next(iter(samples.batches([range(min(SHOWN, samples.count))]))).images
+        images = first.permute(0, 2, 3, 1).numpy()
         grids.append(SampleGrid(name, images, _asked(samples)[: len(images)] or list(range(len(images)))))
     return grids
 
@@ -111,54 +106,74 @@ def _asked(samples: SampleSet) -> list[Any]:
     return record.get("classes") or record.get("prompts") or []
 
 
-def _changes(results: Mapping[str, Result]) -> list[ClassChanges]:
+def _changes(results: Mapping[str, Sequence[Result]]) -> list[ClassChanges]:
     """From the first model to the last, for every metric that both have by class."""
-    base, *_, tuned = results.values() if len(results) > 1 else (None, None)
-    if base is None or tuned is None:
+    if len(results) < 2:
         return []
+    base, *_, tuned = map(_by_class, results.values())
     found = []
-    for metric, before in base.details.items():
-        after = tuned.details.get(metric)
-        if metric in base.metrics and isinstance(before, Mapping) and isinstance(after, Mapping):
-            shared = {name: (before[name], after[name]) for name in before if name in after}
-            if shared:
-                found.append(ClassChanges(metric, shared))
+    for metric, before in base.items():
+        after = tuned.get(metric, {})
+        shared = {name: (before[name], after[name]) for name in before if name in after}
+        if shared:
+            found.append(ClassChanges(metric, shared))
     return found
 
 
-def _extremes(results: Mapping[str, Result]) -> list[ScoredImages]:
-    """The worst and best samples by every score that is known image by image."""
-    found = []
-    for name, result in results.items():
-        scores = result.details.get("images") if result.kind == "text" else None
-        samples = _samples(result) if scores else None
-        if not scores or samples is None:
-            continue
-        images = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in _all(samples)])
-        for metric in PER_IMAGE:
-            if metric in scores:
-                found.append(ScoredImages(name, images, scores[metric], metric, _asked(samples)))
+def _by_class(results: Sequence[Result]) -> dict[str, Mapping[str, float]]:
+    """A model's metrics by class, each of the first result that has it."""
+    found: dict[str, Mapping[str, float]] = {}
+    for result in results:
+        for metric, numbers in result.details.items():
+            if metric in result.metrics and isinstance(numbers, Mapping):
+                found.setdefault(metric, numbers)
     return found
+
+
+def _extremes(results: Mapping[str, Sequence[Result]]) -> list[ScoredImages]:
+    """The worst and best samples by every score that is known image by image, of the first result that has it."""
+    extremes: list[ScoredImages] = []
+    for name, found in results.items():
+        shown: set[str] = set()
+        for result in found:
+            scores = result.details.get("images", {}) if result.kind == "text" else {}
+            new = [metric for metric in PER_IMAGE if metric in scores and metric not in shown]
+            samples = _samples(result) if new else None
+            if samples is None:
+                continue
+            images = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in _all(samples)])
+            extremes += [ScoredImages(name, images, scores[metric], metric, _asked(samples)) for metric in new]
+            shown.update(new)
+    return extremes
 
 
 def _all(samples: SampleSet, size: int = 256) -> Any:
     return samples.batches([range(i, min(i + size, samples.count)) for i in range(0, samples.count, size)])
 
 
-def _embeddings(results: Mapping[str, Result], extractor: FeatureExtractor, count: int) -> Embeddings:
-    reference = next(iter(results.values())).reference
-    if reference is None or "source" not in reference:
+def _embeddings(results: Mapping[str, Sequence[Result]], extractor: FeatureExtractor, count: int) -> Embeddings:
+    def unfit(result: Result) -> bool:
+        return result.kind != "distribution" or result.reference is None
+
+    ordered = {name: sorted(found, key=unfit) for name, found in results.items()}
+    first = next(iter(ordered.values()))[0]
+    reference = first.reference
+    if reference is None or unfit(first):
         raise VarpiError("embeddings need results that were measured against a reference of images")
-    name, _, split = str(reference["source"]).rstrip("]").partition("[")
-    first = next(iter(results.values()))
-    opened = open_reference(name, split=split or None, image_size=first.samples["image_size"][0])
+    name, _, split = str(reference["source"]).removesuffix("]").partition("[")
+    opened = open_reference(
+        name,
+        split=split or None,
+        image_size=first.samples["image_size"][0],
+        image_column=reference.get("image_column", "image"),
+    )
     if opened.images is None:
         raise VarpiError(f"{name}: holds statistics and no images; embeddings need some")
-    sets = {"real": opened.images} | {
-        name: samples for name, result in results.items() if (samples := _samples(result))
-    }
+    sets = {"real": opened.images} | {name: samples for name, found in ordered.items() if (samples := _samples(*found))}
     features = {}
     for label, samples in sets.items():
-        parts = _first(samples, count).split(64)
-        features[label] = torch.cat([extractor(part)["pool"].cpu() for part in parts]).numpy()
+        shown = min(count, samples.count)
+        places = [k * samples.count // shown for k in range(shown)]  # at even distances: many sets are sorted by class
+        images = torch.cat([batch.images for batch in samples.batches([range(at, at + 1) for at in places])])
+        features[label] = torch.cat([extractor(part)["pool"].cpu() for part in images.split(64)]).numpy()
     return Embeddings(features, extractor.name)

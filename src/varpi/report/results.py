@@ -165,9 +165,10 @@ def _settings(group: Mapping[str, Sequence[Result]]) -> list[tuple[str, str]]:
         own = {key: value for key, value in row.items() if key not in shared}
         unknown = all(result.sampling is None for result in group[name])
         lines.append((name, "; ".join(filter(None, [_listed(own), "how it was sampled is not recorded" * unknown]))))
-    result = next(iter(group.values()))[0]
-    lines.append(("Measured against", _listed(_flat(result.reference or {}))))
-    lines.append(("Measured by", _listed(_flat(result.evaluator))))
+    measured = [result for results in group.values() for result in results]
+    reference = next((result.reference for result in measured if result.reference is not None), {})
+    lines.append(("Measured against", _listed(_flat(reference))))
+    lines.append(("Measured by", _listed(_flat(measured[0].evaluator))))
     return [(title, text) for title, text in lines if text]
 
 

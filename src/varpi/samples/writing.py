@@ -95,7 +95,7 @@ def write_samples(
         return False
     files = [output / image_name(i, count) for i in range(count)]
     unfinished = output / UNFINISHED
-    in_use = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    in_use = output.exists() and (not output.is_dir() or any(output.glob("[!.]*")))  # but for a lock
     if world.is_main and in_use and not unfinished.is_file():
         raise VarpiError(f"{output} already holds something; choose another directory")
     claim(
