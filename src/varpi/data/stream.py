@@ -146,7 +146,14 @@ class StreamBatches(Counts):
             VarpiError: as `open_dataset`, and for data that needs no stream.
         """
         files, load, class_names, fingerprint = _open(
-            str(source), image_size, split, image_column, label_column, caption_column, min_side, classes
+            str(source),
+            image_size=image_size,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            caption_column=caption_column,
+            min_side=min_side,
+            classes=classes,
         )
         return cls(files, load, class_names=class_names, fingerprint=fingerprint, **options)
 
@@ -267,34 +274,21 @@ class FirstRows:
     """The first rows of a stream, held encoded, with random access: what is looked at while the rest streams.
 
     Args:
+        source: as for `StreamBatches.open`.
         count: of rows; fewer where the stream has no more.
-        source, others: as for `StreamBatches.open`.
+        asked: its arguments from `image_size` to `classes`.
 
     Raises:
         VarpiError: as `StreamBatches.open`, or it has no rows.
     """
 
-    def __init__(
-        self,
-        source: str | Path,
-        count: int,
-        *,
-        image_size: int,
-        split: str = "train",
-        image_column: str = "image",
-        label_column: str = "label",
-        caption_column: str | Sequence[str] | None = None,
-        min_side: int | None = None,
-        classes: Classes | None = None,
-    ) -> None:
-        files, self._load, self.class_names, whole = _open(
-            str(source), image_size, split, image_column, label_column, caption_column, min_side, classes
-        )
+    def __init__(self, source: str | Path, count: int, **asked: Any) -> None:
+        files, self._load, self.class_names, whole = _open(str(source), **asked)
         self.num_classes = None if self.class_names is None else len(self.class_names)
         self.fingerprint = hashlib.sha256(f"{whole} first {count}".encode()).hexdigest()
         self._rows = list(itertools.islice(itertools.chain.from_iterable(file() for file in files), count))
         if not self._rows:
-            raise VarpiError(f"{source}[{split}]: has no rows")
+            raise VarpiError(f"{source}: split {asked.get('split', 'train')!r} has no rows")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -321,13 +315,14 @@ def _shuffled(rows: Iterator[Row], size: int, draws: Iterator[int]) -> Iterator[
 
 def _open(
     source: str,
+    *,
     image_size: int,
-    split: str,
-    image_column: str,
-    label_column: str,
-    caption_column: str | Sequence[str] | None,
-    min_side: int | None,
-    classes: Classes | None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    caption_column: str | Sequence[str] | None = None,
+    min_side: int | None = None,
+    classes: Classes | None = None,
 ) -> Opened:
     if image_size < 1:
         raise VarpiError(f"image_size is {image_size}; it must be at least 1")
