@@ -325,6 +325,17 @@ def test_a_study_goes_on_from_its_own_records(tmp_path: Path, stand_ins: dict[st
     assert not stand_ins["done"]
 
 
+def test_data_that_changed_between_trainings(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
+    carry(tmp_path)
+    path = tmp_path / "out/jobs/train/next_token/learning_rate=0.0001/seed-0/result.json"
+    record = json.loads(path.read_text())
+    record["result"]["data"] = "what was there before"
+    path.write_text(json.dumps(record))
+    message = r"seed-0 were trained on other data: what digits holds has changed; remove .*out/jobs and .*out/records"
+    with pytest.raises(VarpiError, match=message):
+        carry(tmp_path)
+
+
 def test_trials_whose_keys_end_alike_are_two(tmp_path: Path, stand_ins: dict[str, Any]) -> None:
     text = change("recipe: digits-next-token\n    tune", "recipe: digits\n    tune")
     for rate, key in (("1.0e-4", "training.precision"), ("2.0e-4", "method.reward.precision")):

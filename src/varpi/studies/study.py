@@ -52,7 +52,7 @@ from varpi.studies.tasks import (
     see_scenes,
     train_variant,
 )
-from varpi.studies.work import Job, Pending, Work, all_of
+from varpi.studies.work import RECORDS, Job, Pending, Work, all_of
 from varpi.training.run_directory import FREE_TO_CHANGE, is_finished, is_run
 from varpi.training.state import checkpoints
 from varpi.weights.pair import RUN_MODEL, recipe_of
@@ -186,6 +186,7 @@ class _Bench:
         """All findings."""
         self.choices: dict[str, list[dict[str, Any]]] = {}
         self.makers: dict[Path, Job] = {}
+        self.trained_on: dict[str, tuple[str, Any]] = {}
         self.pair = self.work(
             Job(
                 "pair",
@@ -307,6 +308,12 @@ class _Bench:
             raise
         if "diverged" in result:
             raise Diverged(f"{name}, seed {seed}: {result['diverged']}")
+        first, data = self.trained_on.setdefault(recipe.data.to_yaml(), (job.name, result.get("data")))
+        if result.get("data") != data:
+            raise VarpiError(
+                f"{job.name} and {first} were trained on other data: what {recipe.data.source} holds has changed; "
+                f"remove {self.output}/jobs and {self.output}/{RECORDS}, or choose another --output"
+            )
         model, part = self.output / "jobs" / job.name / "run" / RUN_MODEL, result["part"]
         self.makers[model] = job
         return replace(begin, place=place, **{part: str(model), f"{part}_sha256": result["sha256"]}), result
