@@ -89,6 +89,7 @@ UNDERSTOOD = {
     "varpi play",
     "varpi play runs/xxl",
     "varpi study shapes-table3",
+    "varpi study shapes-table5",
     "varpi train shapes",
     "varpi evaluate runs/shapes --kind geneval --captions shapes --limit 600 --guidance-scale 2 --detector shapes",
     "varpi sample runs/janus --prompts drawbench.json --per-prompt 4 --guidance-scale 5 --output drawbench",

@@ -56,7 +56,7 @@ def open_split(data: DataSection, split: str, classes: Sequence[str] | None = No
     return open_dataset(data.source, **_asked(data, split, classes), caption_features=data.caption_features)
 
 
-def open_held_out(recipe: Recipe, split: str, batches: AnyBatches, images: int | None) -> Dataset:
+def open_held_out(recipe: Recipe, split: str, batches: AnyBatches, images: int | None = None) -> Dataset:
     """The images that validate, their classes numbered as those of the batches.
 
     images: so many will be looked at, or None for all. Of a table that is streamed they are its first ones, for with
