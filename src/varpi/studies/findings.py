@@ -253,6 +253,7 @@ def _verdict(findings: Findings) -> str:
         else:
             what = "a gain" if (mean < 0) == (better == "lower") else "a loss"
             said = f"{what} beyond the spread over seeds" if is_clear(change) else "within the spread over seeds"
+            spread = max(spread, change["sampling_spread"] or 0.0)
             sentences.append(f"{row.label} against the start: {shown} ± {spread:.3f}, {said}.")
     best = next((row.label for row in rows if row.name == winners(rows, judge, [metric]).get(metric)), None)
     leads = "No row leads" if best is None else f"{best} leads"
