@@ -282,12 +282,12 @@ def test_what_makes_tokenizers_and_judges_in_two_processes(
 
 
 def test_a_detector_in_two_processes(tmp_path: Path) -> None:
-    """Its means are over what answers in a process's own images, so that only the validation before it agrees."""
+    """Its means are over what answers in a process's own images, so that losses agree roughly."""
     shared = ["training.steps=2", "training.batch_size=8", "training.precision=fp32", "method.channels=[8, 8, 16]"]
     shared += ["validation.every=1", "validation.images=4"]
     several(2, ["train", "shapes-detector", "--output", tmp_path / "two"] + [p for s in shared for p in ("--set", s)])
     one = quiet(load_recipe("shapes-detector", shared), tmp_path / "one")
-    rows = [[row["loss"] for row in numbers(run) if "loss" in row] for run in (tmp_path / "two", one)]
-    assert rows[0] == pytest.approx(rows[1], rel=0.1)
-    before, after = weights(tmp_path / "two"), weights(one)
-    assert all(torch.allclose(before[name], after[name], atol=5e-3) for name in after)
+    for name, rel in (("loss", 0.1), ("validation_loss", 0.01)):
+        rows = [[row[name] for row in numbers(run) if name in row] for run in (tmp_path / "two", one)]
+        assert len(rows[0]) > 1
+        assert rows[0] == pytest.approx(rows[1], rel=rel)

@@ -188,13 +188,13 @@ def open_generator(recipe: Recipe, device: str, *, reads_captions: bool = True) 
             compat=section.compat,
         )
     if section.dropout is not None:
-        places = [module for module in generator.modules() if isinstance(module, nn.Dropout)]
         if section.dropout > 0 and not any(isinstance(module, nn.Dropout) for module in generator.blocks.modules()):
             raise VarpiError(
                 f"generator.dropout is {section.dropout}, but a {type(generator).__name__} has none to set"
             )
-        for module in places:
-            module.p = section.dropout
+        for module in generator.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = section.dropout
     if section.text_encoder is not None and reads_captions:
         give_text_encoder(generator, section.text_encoder, device)
     return generator
