@@ -83,7 +83,7 @@ class RunLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InUse(
-                f"{run}: another process is at work there; wait for it, stop it, or choose another --output"
+                f"{run}: another process is at work there; wait for it, stop it, or choose another directory"
             ) from None
         except OSError as error:  # a file system that has no locks
             logging.getLogger("varpi").warning(
