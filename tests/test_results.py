@@ -13,7 +13,7 @@ DEMO = {
     "base, temperature 0.8": "base_best_temperature",
     "cross-entropy alone": "control",
     "VA-π, the paper's form": "va_pi",
-    "**VA-π, best setting**": "tuned",
+    "VA-π, best setting": "tuned",
     "base, guidance 2.0 (twice the sampling cost)": "base_guided",
     "VA-π, the paper's form, guidance 1.5 (twice the sampling cost)": "va_pi_guided",
 }
@@ -30,12 +30,16 @@ def table(document: str, heading: str, below: str | None = None) -> dict[str, li
     text = (ROOT / document).read_text().split(f"\n## {heading}")[1].split("\n## ")[0]
     parts = text.split("\n### ")
     text = parts[0] if below is None else next(part for part in parts if part.startswith(below))
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
-    return {row[0]: [cell.strip("* ") for cell in row[1:]] for row in rows}
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line[:2] == "| "]
+    return {row[0].strip("* "): [cell.strip("* ") for cell in row[1:]] for row in rows}
 
 
 def shown(mean: float, spread: float) -> str:
     return f"{mean:.3f} ± {spread:.3f}"
+
+
+def brief(number: Mapping[str, float], spread: str, places: int) -> str:
+    return f"{number['mean']:.{places}f} ± {number[spread]:.{places}f}"
 
 
 def study(name: str = "digits") -> list[dict[str, Any]]:
@@ -82,6 +86,36 @@ def test_the_study_of_digits() -> None:
         assert stated[name][:4] == [shown(metrics[one]["mean"], metrics[one][spread]) for one in COLUMNS], name
 
 
+def test_the_study_of_photographs() -> None:
+    stated = table("docs/results.md", "Photographs")
+    rows = [*told("cifar10-table2")]
+    plain = {row["name"]: row for _, _, row in rows if not row["guided"]}
+    assert len(rows) == 40
+
+    def by_temperature(row: dict[str, Any], judge: str) -> str:
+        base, cooler, own = (
+            one["metrics"][judge]["frechet_distance"]["mean"] for one in (plain["base"], plain["base_temperature"], row)
+        )
+        return "no gain" if own >= base else "all" if cooler <= own else f"{100 * (base - cooler) / (base - own):.0f} %"
+
+    for name, spread, row in rows:
+        judge, features = (row["metrics"][which] for which in ("cifar10", "efficientnet-lite0"))
+        cells = [
+            brief(judge["frechet_distance"], spread, 2),
+            brief(features["frechet_distance"], spread, 1),
+            brief(judge["recall"], spread, 2),
+            brief(judge["class_agreement"], spread, 2),
+        ]
+        if not row["guided"]:
+            untouched = row["name"] in ("base", "base_temperature")
+            cells[1:1] = ["" if untouched else by_temperature(row, "cifar10")]
+            cells[3:3] = ["" if untouched else by_temperature(row, "efficientnet-lite0")]
+            cells += [", ".join(f"{key.split('.')[-1].replace('_', ' ')} {value}" for key, value in row["changes"].items())]
+            whole = plain["va_pi"]["cost"]["operations"]
+            cells += [f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
+        assert stated[name] == cells, name
+
+
 def test_the_study_of_context_noise() -> None:
     stated, rows = table("docs/results.md", "Text", "Context noise"), [*told("shapes-table5")]
     assert len(rows) == 6
@@ -98,5 +132,5 @@ def test_the_study_of_captioned_shapes() -> None:
     for name, spread, row in rows:
         seen, unseen = (row["metrics"][judge] for judge in ("shapes-detector", "shapes-detector-held_out"))
         metrics = [*(seen[task] for task in TASKS), unseen["overall"]]
-        cost = [f"{row['cost']['operations'] / whole:.2f}"] if row["trained"] else []
+        cost = [f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
         assert stated[name] == [*(shown(one["mean"], one[spread]) for one in metrics), *cost], name
