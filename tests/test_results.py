@@ -110,9 +110,9 @@ def test_the_study_of_photographs() -> None:
             untouched = row["name"] in ("base", "base_temperature")
             cells[1:1] = ["" if untouched else by_temperature(row, "cifar10")]
             cells[3:3] = ["" if untouched else by_temperature(row, "efficientnet-lite0")]
-            cells += [", ".join(f"{key.split('.')[-1].replace('_', ' ')} {value}" for key, value in row["changes"].items())]
+            chosen = (f"{key.split('.')[-1].replace('_', ' ')} {value}" for key, value in row["changes"].items())
             whole = plain["va_pi"]["cost"]["operations"]
-            cells += [f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
+            cells += [", ".join(chosen), f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
         assert stated[name] == cells, name
 
 
