@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("frechet_distance", "precision", "recall", "class_agreement")
 TASKS = ("overall", "single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -40,6 +42,17 @@ def shown(mean: float, spread: float) -> str:
 
 def brief(number: Mapping[str, float], spread: str, places: int) -> str:
     return f"{number['mean']:.{places}f} ± {number[spread]:.{places}f}"
+
+
+def of_photographs(row: Mapping[str, Any], spread: str) -> list[str]:
+    """Both Fréchet distances, recall and class agreement."""
+    judge, features = (row["metrics"][which] for which in ("cifar10", "efficientnet-lite0"))
+    return [
+        brief(judge["frechet_distance"], spread, 2),
+        brief(features["frechet_distance"], spread, 1),
+        brief(judge["recall"], spread, 2),
+        brief(judge["class_agreement"], spread, 2),
+    ]
 
 
 def study(name: str = "digits") -> list[dict[str, Any]]:
@@ -99,13 +112,7 @@ def test_the_study_of_photographs() -> None:
         return "no gain" if own >= base else "all" if cooler <= own else f"{100 * (base - cooler) / (base - own):.0f} %"
 
     for name, spread, row in rows:
-        judge, features = (row["metrics"][which] for which in ("cifar10", "efficientnet-lite0"))
-        cells = [
-            brief(judge["frechet_distance"], spread, 2),
-            brief(features["frechet_distance"], spread, 1),
-            brief(judge["recall"], spread, 2),
-            brief(judge["class_agreement"], spread, 2),
-        ]
+        cells = of_photographs(row, spread)
         if not row["guided"]:
             untouched = row["name"] in ("base", "base_temperature")
             cells[1:1] = ["" if untouched else by_temperature(row, "cifar10")]
@@ -114,6 +121,24 @@ def test_the_study_of_photographs() -> None:
             whole = plain["va_pi"]["cost"]["operations"]
             cells += [", ".join(chosen), f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
         assert stated[name] == cells, name
+
+
+@pytest.mark.parametrize(
+    ("below", "name", "whole", "count"),
+    [
+        ("What each term does", "cifar10-table4", "va_pi", 7),
+        ("Which prior", "cifar10-figure4", "cross_entropy_01", 13),
+        ("How many samples", "cifar10-group-size", "va_pi_8", 9),
+    ],
+)
+def test_the_ablations_on_photographs(below: str, name: str, whole: str, count: int) -> None:
+    stated, rows = table("docs/results.md", "Photographs", below), [*told(name)]
+    operations = {row["name"]: row["cost"].get("operations", 0) for _, _, row in rows}
+    assert len(rows) == count
+    for label, spread, row in rows:
+        one_seed = row["metrics"]["cifar10"]["recall"]["spread"] is None
+        cost = f"{operations[row['name']] / operations[whole]:.2f}" if row["trained"] else ""
+        assert stated[label] == [*of_photographs(row, "sampling_spread" if one_seed else spread), cost], label
 
 
 def test_the_study_of_context_noise() -> None:
