@@ -92,6 +92,7 @@ UNDERSTOOD = {
     "varpi study shapes-table5",
     "varpi study cifar10-table2",
     "varpi study cifar10-table4",
+    "varpi study cifar10-figure4",
     "varpi train shapes",
     "varpi evaluate runs/shapes --kind geneval --captions shapes --limit 600 --guidance-scale 2 --detector shapes",
     "varpi sample runs/janus --prompts drawbench.json --per-prompt 4 --guidance-scale 5 --output drawbench",
