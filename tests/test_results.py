@@ -103,7 +103,7 @@ def test_the_study_of_photographs() -> None:
     stated = table("docs/results.md", "Photographs")
     rows = [*told("cifar10-table2")]
     plain = {row["name"]: row for _, _, row in rows if not row["guided"]}
-    assert len(rows) == 40
+    assert len(rows) == 42
 
     def by_temperature(row: dict[str, Any], judge: str) -> str:
         base, cooler, own = (
@@ -128,7 +128,6 @@ def test_the_study_of_photographs() -> None:
     [
         ("What each term does", "cifar10-table4", "va_pi", 7),
         ("Which prior", "cifar10-figure4", "cross_entropy_01", 13),
-        ("How many samples", "cifar10-group-size", "va_pi_8", 9),
     ],
 )
 def test_the_ablations_on_photographs(below: str, name: str, whole: str, count: int) -> None:
