@@ -93,6 +93,7 @@ UNDERSTOOD = {
     "varpi study cifar10-table2",
     "varpi study cifar10-table4",
     "varpi study cifar10-figure4",
+    "varpi study cifar10-group-size",
     "varpi train shapes",
     "varpi evaluate runs/shapes --kind geneval --captions shapes --limit 600 --guidance-scale 2 --detector shapes",
     "varpi sample runs/janus --prompts drawbench.json --per-prompt 4 --guidance-scale 5 --output drawbench",

@@ -128,6 +128,7 @@ def test_the_study_of_photographs() -> None:
     [
         ("What each term does", "cifar10-table4", "va_pi", 7),
         ("Which prior", "cifar10-figure4", "cross_entropy_01", 13),
+        ("How many samples", "cifar10-group-size", "va_pi_8", 9),
     ],
 )
 def test_the_ablations_on_photographs(below: str, name: str, whole: str, count: int) -> None:
