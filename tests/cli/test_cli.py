@@ -23,7 +23,6 @@ from varpi.data import open_dataset
 from varpi.evaluation.result import Result, write_result
 from varpi.recipe import parse_recipe
 from varpi.tokenizers import VQConfig
-from varpi.training.run_directory import RunLock
 from varpi.weights import export_original, load_generator, load_tokenizer, save_tokenizer, to_original
 
 
@@ -107,7 +106,7 @@ def test_sample(place: Place) -> None:
     place.run(*place.sample("--per-class", 2, "--seed", 4, "--temperature", 0.8, "--guidance-scale", 2))
     folder = place / "samples"
     names = [f"{i:05d}.png" for i in range(6)]
-    assert {path.name for path in folder.iterdir()} == {*names, "grid.png", "samples.npz", "sample.json", ".lock"}
+    assert {path.name for path in folder.iterdir()} == {*names, "grid.png", "samples.npz", "sample.json"}
     archive = np.load(folder / "samples.npz")["arr_0"]
     assert archive.shape == (6, 16, 16, 3)
     assert archive.dtype == np.uint8
@@ -117,14 +116,6 @@ def test_sample(place: Place) -> None:
     record = json.loads((folder / "sample.json").read_text())
     assert record["classes"] == [0, 1, 2, 0, 1, 2]
     assert (record["seed"], record["temperature"], record["guidance_scale"]) == (4, 0.8, 2.0)
-
-
-def test_two_that_sample_into_one_directory(place: Place) -> None:
-    with RunLock(place / "samples") as lock:
-        lock.take()
-        said = place.refused(*place.sample("--count", 1))
-        assert said.startswith(f"varpi sample: {place / 'samples'}: another process is at work there; wait for it")
-    place.run(*place.sample("--count", 1))
 
 
 def test_sample_repeats_itself_whatever_the_batch(place: Place) -> None:

@@ -38,14 +38,10 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from varpi.runtime.processes import find_world
-    from varpi.training.run_directory import RunLock
 
     world, output = find_world(options.device), Path(options.output)
     wanted = prepare(options, output)
-    with RunLock(output) as lock:
-        if world.is_main:
-            lock.take()
-        made = wanted.make(output, world)
+    made = wanted.make(output, world)
     if world.is_main:
         say(f"wrote {wanted.count} images to {output}" if made else f"{output} holds all {wanted.count} images already")
 
