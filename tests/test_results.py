@@ -44,6 +44,11 @@ def brief(number: Mapping[str, float], spread: str, places: int) -> str:
     return f"{number['mean']:.{places}f} ± {number[spread]:.{places}f}"
 
 
+def operations(row: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    """Of training, in those of another row's."""
+    return f"{row['cost']['operations'] / whole['cost']['operations']:.2f}" if row["trained"] else ""
+
+
 def of_photographs(row: Mapping[str, Any], spread: str) -> list[str]:
     """Both Fréchet distances, recall and class agreement."""
     judge, features = (row["metrics"][which] for which in ("cifar10", "efficientnet-lite0"))
@@ -80,14 +85,14 @@ def test_the_demo_in_the_readme() -> None:
 
 def test_the_training_seeds_in_the_readme() -> None:
     stated = table("README.md", "What holds over training seeds")
-    operations = {row["name"]: row["cost"].get("operations") for row in study()}
+    by_name = {row["name"]: row for row in study()}
     for name, row in SEEDS.items():
         of = {one["guided"]: one for one in study() if one["name"] == row}
         plain, guided = (of[which]["metrics"]["digits"]["frechet_distance"] for which in (False, True))
         assert stated[name] == [
             shown(plain["mean"], plain["spread"]),
             "the same: none" if scale(of[True]) == 1 else shown(guided["mean"], guided["spread"]),
-            f"{operations[row] / operations['va_pi']:.2f}".removesuffix(".00"),
+            operations(by_name[row], by_name["va_pi"]).removesuffix(".00"),
         ]
 
 
@@ -118,8 +123,7 @@ def test_the_study_of_photographs() -> None:
             cells[1:1] = ["" if untouched else by_temperature(row, "cifar10")]
             cells[3:3] = ["" if untouched else by_temperature(row, "efficientnet-lite0")]
             chosen = (f"{key.split('.')[-1].replace('_', ' ')} {value}" for key, value in row["changes"].items())
-            whole = plain["va_pi"]["cost"]["operations"]
-            cells += [", ".join(chosen), f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
+            cells += [", ".join(chosen), operations(row, plain["va_pi"])]
         assert stated[name] == cells, name
 
 
@@ -133,12 +137,12 @@ def test_the_study_of_photographs() -> None:
 )
 def test_the_ablations_on_photographs(below: str, name: str, whole: str, count: int) -> None:
     stated, rows = table("docs/results.md", "Photographs", below), [*told(name)]
-    operations = {row["name"]: row["cost"].get("operations", 0) for _, _, row in rows}
+    by_name = {row["name"]: row for _, _, row in rows}
     assert len(rows) == count
     for label, spread, row in rows:
         one_seed = row["metrics"]["cifar10"]["recall"]["spread"] is None
-        cost = f"{operations[row['name']] / operations[whole]:.2f}" if row["trained"] else ""
-        assert stated[label] == [*of_photographs(row, "sampling_spread" if one_seed else spread), cost], label
+        cells = of_photographs(row, "sampling_spread" if one_seed else spread)
+        assert stated[label] == [*cells, operations(row, by_name[whole])], label
 
 
 def test_the_study_of_context_noise() -> None:
@@ -152,10 +156,10 @@ def test_the_study_of_context_noise() -> None:
 
 def test_the_study_of_captioned_shapes() -> None:
     stated, rows = table("docs/results.md", "Text"), [*told("shapes-table3")]
-    whole = next(row["cost"]["operations"] for _, _, row in rows if row["name"] == "va_pi")
+    whole = next(row for _, _, row in rows if row["name"] == "va_pi")
     assert len(rows) == 11
     for name, spread, row in rows:
         seen, unseen = (row["metrics"][judge] for judge in ("shapes-detector", "shapes-detector-held_out"))
         metrics = [*(seen[task] for task in TASKS), unseen["overall"]]
-        cost = [f"{row['cost']['operations'] / whole:.2f}" if row["trained"] else ""]
-        assert stated[name] == [*(shown(one["mean"], one[spread]) for one in metrics), *cost], name
+        cells = [shown(one["mean"], one[spread]) for one in metrics]
+        assert stated[name] == [*cells, operations(row, whole)], name
